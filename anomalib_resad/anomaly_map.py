@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""From likelihoods (or distances) of the levels to one anomaly map and one score.
+
+Paper: ResAD (arXiv 2410.20047), section 3.4: s = 1 - exp(log p) per level, bilinear upsampling, sum over the levels;
+the score of an image is the maximum of its map.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.models.components import GaussianBlur2d
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+def log_likelihood_to_anomaly(log_p: Tensor, ceiling: Tensor) -> Tensor:
+    """Anomaly of one level: ``1 - exp(log p - ceiling)``, near 0 for the likeliest patches, at most 1.
+
+    The published code takes the maximum over the test set as the ceiling, so that an image's score depends on the
+    other images (defect 3). Here it is a constant that was learned in training.
+
+    Args:
+        log_p (Tensor): Log-likelihoods per channel, any shape.
+        ceiling (Tensor): Highest log-likelihood of normal training patches, a scalar.
+    """
+    return 1 - torch.exp(log_p - ceiling)
+
+
+class AnomalyMapGenerator(nn.Module):
+    """Sum the levels' anomalies at image resolution, smooth, and take the maximum as the image's score.
+
+    Args:
+        levels (int): Number of levels.
+        sigma (float): Standard deviation of the Gaussian smoothing in pixels; 4 at 224 pixels in the published code,
+            0 for none.
+    """
+
+    MOMENTUM = 0.1
+
+    def __init__(self, levels: int, sigma: float = 4.0) -> None:
+        super().__init__()
+        self.blur = GaussianBlur2d(kernel_size=2 * int(4 * sigma + 0.5) + 1, sigma=sigma) if sigma > 0 else None
+        self.register_buffer("ceilings", torch.full((levels,), float("nan")))
+        self.ceilings: Tensor
+
+    @torch.no_grad()
+    def update_ceiling(self, level: int, log_p: Tensor, mask: Tensor) -> None:
+        """Follow the highest log-likelihood of normal patches, as a moving average over training batches.
+
+        Args:
+            level (int): Index of the level.
+            log_p (Tensor): Log-likelihoods per channel, shape ``(N,)``.
+            mask (Tensor): 1 for abnormal positions, shape ``(N,)``.
+        """
+        normal = log_p[mask == 0]
+        if normal.numel() == 0:
+            return
+        highest, ceiling = normal.max(), self.ceilings[level]
+        updated = highest if torch.isnan(ceiling) else torch.lerp(ceiling, highest, self.MOMENTUM)
+        self.ceilings[level] = updated
+
+    def likelihoods_to_anomalies(self, log_p: Sequence[Tensor]) -> list[Tensor]:
+        """Anomaly of each level, shape ``(B, H_l, W_l)`` in and out; an untrained ceiling counts as 0."""
+        ceilings = torch.nan_to_num(self.ceilings)
+        return [log_likelihood_to_anomaly(level, ceilings[index]) for index, level in enumerate(log_p)]
+
+    def forward(self, anomalies: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
+        """Merge the levels.
+
+        Args:
+            anomalies (Sequence[Tensor]): One map per level, shape ``(B, H_l, W_l)``.
+            image_size (Sequence[int]): Height and width of the result.
+
+        Returns:
+            InferenceBatch: ``pred_score`` of shape ``(B,)`` and ``anomaly_map`` of shape ``(B, 1, H, W)``.
+        """
+        size = [int(side) for side in image_size] if not torch.compiler.is_compiling() else list(image_size)
+        upsampled = [
+            F.interpolate(level[:, None], size=size, mode="bilinear", align_corners=False) for level in anomalies
+        ]
+        anomaly_map = torch.stack(upsampled).sum(dim=0)  # (B, 1, H, W)
+        if self.blur is not None:
+            anomaly_map = self.blur(anomaly_map)
+        return InferenceBatch(pred_score=anomaly_map.amax(dim=(1, 2, 3)), anomaly_map=anomaly_map)

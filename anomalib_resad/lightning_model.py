@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""ResAD as an anomalib model.
+
+Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047.
+
+Two phases, one model. Without ``checkpoint`` it trains on the source categories of
+:class:`~anomalib_resad.datamodule.CrossCategory`, or on one category with synthetic defects. With ``checkpoint`` there
+is nothing to train: `fit` and `train` enroll a new category from a few good photos, in seconds.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from torchvision.transforms.v2 import Compose, Normalize, Resize
+
+from anomalib_resad.callback import FewShotReferences
+from anomalib_resad.post_processor import RankKeepingPostProcessor
+from anomalib_resad.pre_processor import ExactPreProcessor
+from anomalib_resad.reference_bank import Metric
+from anomalib_resad.safe_load import load_weights_only
+from anomalib_resad.synthetic import SyntheticDefects
+from anomalib_resad.torch_model import Estimator, ResADModel, Residual
+
+logger = logging.getLogger(__name__)
+
+# What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
+ARCHITECTURE = ("backbone", "layers", "match", "residual", "coupling_layers", "position_channels", "sigma")
+TRAINED_PARTS = ("model.constraintors.", "model.flows.")
+
+
+def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+    """Masks at the levels' resolutions: a patch is abnormal if any of its pixels is, ``(B, H, W)`` to ``(B, h, w)``."""
+    return [F.adaptive_max_pool2d(mask[:, None].float(), level.shape[-2:]).squeeze(1) for level in features]
+
+
+class ResAD(AnomalibModule):
+    """Residual few-shot anomaly detection for categories that were never trained on.
+
+    Args:
+        backbone (str): timm model name of the frozen feature extractor.
+        layers (Sequence[str]): Levels of the backbone, as timm names them.
+        weights (Path | str | None): Local file with the backbone's weights (a timm state dict).
+        pre_trained (bool): Use timm's pretrained weights if there is no ``weights``.
+        k_shot (int): Reference photos of a category; 2 or 4 in the paper.
+        references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.
+        reference_seed (int): Seed of the draws of references.
+        checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
+            backbone and the method's settings are the checkpoint's.
+        match (Metric): Nearest reference by ``"l2"`` (paper) or ``"cosine"``.
+        residual (Residual): ``"difference"`` (paper) or ``"squared"``.
+        estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance, which needs no
+            training.
+        coupling_layers (int): Coupling layers of each flow; 8 in the paper.
+        position_channels (int): Channels of the flow's position condition; 256 in the paper, 0 for none.
+        sigma (float): Gaussian smoothing of the anomaly map in pixels.
+        push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
+        lr (float): Learning rate of Adam; x 0.1 after 70 % and 90 % of the epochs.
+        weight_decay (float): Weight decay of Adam.
+        flow_batch_size (int): Most patch vectors of a level in one flow step.
+        flow_steps (int | None): Most flow steps per batch of images; ``None`` uses every patch, as the paper.
+        image_size (tuple[int, int]): Height and width that photos are resized to.
+        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
+        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
+        evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
+        visualizer (Visualizer | bool): Visualizer, or whether to use the default one.
+
+    Raises:
+        ValueError: If an argument, or the checkpoint, cannot be used.
+        FileNotFoundError: If the checkpoint is missing.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "wide_resnet50_2",
+        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        weights: Path | str | None = None,
+        pre_trained: bool = True,
+        k_shot: int = 4,
+        references: Path | str | None = None,
+        reference_seed: int = 0,
+        checkpoint: Path | str | None = None,
+        match: Metric = "l2",
+        residual: Residual = "difference",
+        estimator: Estimator = "flow",
+        coupling_layers: int = 8,
+        position_channels: int = 256,
+        sigma: float = 4.0,
+        push_pull_weight: float = 1.0,
+        lr: float = 1e-5,
+        weight_decay: float = 5e-4,
+        flow_batch_size: int = 8192,
+        flow_steps: int | None = None,
+        image_size: tuple[int, int] = (224, 224),
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor((image_size[0], image_size[1]))
+        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        # Plain types only: a checkpoint is loaded with weights_only=True.
+        self.hparams.update({"layers": list(layers), "image_size": list(image_size)})
+        if checkpoint is None:
+            self.model: ResADModel = self._build()
+        else:
+            self._start_from(Path(checkpoint))
+        self.is_trainable = checkpoint is None and estimator == "flow"
+        self.automatic_optimization = not self.is_trainable
+        if isinstance(self.post_processor, RankKeepingPostProcessor):
+            self.post_processor.keep_statistics = not self.is_trainable
+        self.batch_references: list[list[Tensor]] | None = None
+
+    def _build(self) -> ResADModel:
+        """Make the torch model that the hyperparameters describe."""
+        settings = {key: self.hparams[key] for key in ARCHITECTURE}
+        return ResADModel(
+            **settings,
+            estimator=self.hparams["estimator"],
+            pre_trained=self.hparams["pre_trained"],
+            weights=self.hparams["weights"],
+        )
+
+    def _start_from(self, path: Path) -> None:
+        """Take architecture, weights, threshold and bank from a trained ResAD."""
+        content = load_weights_only(path, what="trained ResAD")
+        state, settings = content.get("state_dict"), content.get("hyper_parameters", {})
+        missing = [key for key in ARCHITECTURE if key not in settings]
+        if not isinstance(state, dict) or missing:
+            msg = f"{path} is no ResAD checkpoint (it lacks {missing or 'state_dict'}). Train one with `anomalib train`."
+            raise ValueError(msg)
+        wanted = {key: self.hparams[key] for key in ARCHITECTURE}
+        self.hparams.update({"checkpoint": None})  # what it gives is saved with this model; the file is not needed again
+        self._adopt(settings)
+        taken = {key: self.hparams[key] for key in ARCHITECTURE if self.hparams[key] != wanted[key]}
+        if taken:
+            logger.info("Settings taken from %s: %s.", path, taken)
+        super().on_load_checkpoint(content)
+        broken = [key for key, value in state.items() if key.startswith("model.") and _has_nan(key, value)]
+        if broken:
+            msg = f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training diverged."
+            raise ValueError(msg)
+        if self.hparams["estimator"] == "distance":
+            state = {key: value for key, value in state.items() if not key.startswith(TRAINED_PARTS)}
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            msg = f"{path} does not fit this version of ResAD: {error}"
+            raise ValueError(msg) from error
+
+    def _adopt(self, settings: dict[str, Any]) -> None:
+        """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
+        self.hparams.update({key: settings[key] for key in ARCHITECTURE if key in settings})
+        self.model = self._build()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
+        super().on_load_checkpoint(checkpoint)
+        settings = checkpoint.get("hyper_parameters", {})
+        other = {
+            key: settings[key] for key in ARCHITECTURE if key in settings and settings[key] != self.hparams.get(key)
+        }
+        if other:
+            logger.warning("The checkpoint was made with %s; these settings are used.", other)
+            self._adopt(settings)
+            self.model.to(self.device)
+
+    # -- components ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize with antialiasing (in exports too) and normalize with ImageNet statistics."""
+        return ExactPreProcessor(
+            Compose(
+                [
+                    Resize(image_size or (224, 224), antialias=True),
+                    Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+                ]
+            )
+        )
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Keep the ranking of the scores and, when a category is enrolled, the trained threshold."""
+        return RankKeepingPostProcessor()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Put the synthetic defects before the pre-processor and the references behind it."""
+        components = super().configure_callbacks()
+        assert isinstance(components, list)
+        references = FewShotReferences(
+            self.hparams["k_shot"], self.hparams["references"], self.hparams["reference_seed"]
+        )
+        return [SyntheticDefects(), *components[:1], references, *components[1:]]
+
+    @property
+    def learning_type(self) -> LearningType:
+        """ONE_CLASS in both phases; FEW_SHOT would make anomalib's engine skip training."""
+        return LearningType.ONE_CLASS
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """With nothing left to train, one step of one epoch, so that `fit` enrolls, validates and saves."""
+        arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "gradient_clip_val": 0}
+        if not self.is_trainable:
+            arguments.update({"max_epochs": 1, "limit_train_batches": 1})
+        return arguments
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam over constraintor and flow; the learning rate falls after 70 % and 90 % of the epochs.
+
+        One optimizer serves both, since their losses share no parameter.
+        """
+        if not self.is_trainable:
+            return None
+        parameters = [*self.model.constraintors.parameters(), *self.model.flows.parameters()]
+        optimizer = torch.optim.Adam(
+            [parameter for parameter in parameters if parameter.requires_grad],
+            lr=self.hparams["lr"],
+            weight_decay=self.hparams["weight_decay"],
+        )
+        epochs = self.trainer.max_epochs or 100
+        milestones = sorted({max(1, int(0.7 * epochs)), max(1, int(0.9 * epochs))})
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1),
+        }
+
+    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """One step of the constraintor, several of the flow over shuffled patches.
+
+        Raises:
+            ValueError: If a defective image has no mask.
+        """
+        del args, kwargs
+        if not self.is_trainable:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        assert self.batch_references is not None
+        features = self.model.backbone(batch.image)
+        matched = self.model.match_each(features, self.batch_references)
+        masks = level_masks(self._mask_of(batch), features)
+        optimizer = self.optimizers()
+        occ, constrained = self.model.constrain_loss(features, matched, masks)
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(occ)
+        flow_loss = occ
+        steps = self.model.flow_losses(
+            constrained,
+            masks,
+            self.hparams["flow_batch_size"],
+            self.hparams["flow_steps"],
+            self.hparams["push_pull_weight"],
+        )
+        for flow_loss in steps:  # noqa: B007  # the last loss is logged
+            self.manual_backward(flow_loss)
+            optimizer.step()  # type: ignore[union-attr]
+            optimizer.zero_grad()  # type: ignore[union-attr]
+        self.log_dict(
+            {"train_occ": occ.detach(), "train_flow": flow_loss.detach()},
+            prog_bar=True,
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(batch.image),
+        )
+        return None
+
+    @staticmethod
+    def _mask_of(batch: Batch) -> Tensor:
+        if batch.gt_mask is not None:
+            return batch.gt_mask
+        if batch.gt_label is not None and bool(batch.gt_label.any()):
+            msg = "A defective training image has no mask. CrossCategory leaves such images out; other datamodules must."
+            raise ValueError(msg)
+        return torch.zeros(len(batch.image), *batch.image.shape[-2:], device=batch.image.device)
+
+    def on_train_epoch_end(self) -> None:
+        """Step the learning rate, which Lightning leaves to models that optimize by hand."""
+        scheduler = self.lr_schedulers()
+        if self.is_trainable and scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+
+    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+        """Score held-out source images against references of their category, other images against the bank."""
+        del args, kwargs
+        if self.batch_references is None:
+            predictions = self.model(batch.image)
+        else:
+            features = self.model.backbone(batch.image)
+            matched = self.model.match_each(features, self.batch_references)
+            predictions = self.model.score(features, matched, batch.image.shape[-2:])
+        return batch.update(**predictions._asdict())
+
+
+def _has_nan(key: str, value: Any) -> bool:  # noqa: ANN401
+    """Whether a weight is not finite; the ceilings of an untrained level are NaN by design."""
+    return isinstance(value, Tensor) and "ceilings" not in key and not bool(torch.isfinite(value.float()).all())
