@@ -20,7 +20,7 @@ WATCHED = "anomalib.models"
 class _Finder(MetaPathFinder):
     """Wrap the loader of ``anomalib.models``, once."""
 
-    def find_spec(self, fullname, path=None, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, fullname, path=None, target=None):  # noqa: ANN001, ANN202
         if fullname != WATCHED:
             return None
         sys.meta_path.remove(self)
@@ -67,7 +67,7 @@ def _wait_for_attribute(parent: ModuleType, name: str) -> None:
         def __setattr__(self, key: str, value: object) -> None:
             super().__setattr__(key, value)
             if key == name:
-                self.__class__ = original
+                self.__class__ = original  # type: ignore[assignment]
                 _import_plugin()
 
     parent.__class__ = Waiting

@@ -20,7 +20,8 @@ from anomalib_resad.safe_load import load_weights_only
 logger = logging.getLogger(__name__)
 
 WAYS_OUT = (
-    "Three ways out: (1) fill the model hub's cache on a machine with a network and copy it here (HF_HOME), "
+    "Three ways out: (1) fill the model hub's cache on a machine with a network and copy it here (HF_HOME; with "
+    "HF_HUB_OFFLINE=1 the hub is not asked first), "
     "(2) pass a local file with `weights=<file>`, (3) go without pretrained weights with `pre_trained=False`."
 )
 
@@ -32,11 +33,11 @@ def _level_indices(name: str, layers: Sequence[str]) -> tuple[int, ...]:
         ValueError: If timm has no such backbone, or the backbone no such level.
     """
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "see timm.list_models()"
+        close = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:8]) or "see timm.list_models()"
         msg = f"timm has no backbone named '{name}'. Similar names: {close}."
         raise ValueError(msg)
     with torch.device("meta"):
-        probe = timm.create_model(name, pretrained=False, features_only=True, feature_cls="getter")
+        probe: Any = timm.create_model(name, pretrained=False, features_only=True, feature_cls="getter")
     known = {info["module"]: int(info.get("index", position)) for position, info in enumerate(probe.feature_info.info)}
     unknown = [layer for layer in layers if layer not in known]
     if unknown or not layers or len(set(layers)) != len(layers):

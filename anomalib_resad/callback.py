@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from anomalib.data import AnomalibDataset, Batch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.utils import LabelName
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -126,8 +127,9 @@ class FewShotReferences(Callback):
     def _features(self, pl_module: "ResAD", path: str) -> list[Tensor]:
         """Features of one photo, one map ``(1, C_l, H_l, W_l)`` per level."""
         photo = read_photo(path).unsqueeze(0)
-        if pl_module.pre_processor is not None:
-            photo = pl_module.pre_processor.transform(photo)
+        pre_processor = pl_module.pre_processor
+        if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
+            photo = pre_processor.transform(photo)
         return pl_module.model.backbone(photo.to(pl_module.device))
 
     def _rows(self, pl_module: "ResAD", paths: list[str]) -> list[Tensor]:
@@ -204,18 +206,21 @@ class FewShotReferences(Callback):
         del pl_module
         datamodule = getattr(trainer, "datamodule", None)
         train = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        held_out = getattr(datamodule, "val_data", None)
-        is_source = held_out is not None and "category" in held_out.samples
-        self._pools = ReferencePools(train, held_out) if is_source else ReferencePools(train)
+        held_out = [datamodule.val_data] if datamodule is not None and self._validates_on_source(trainer) else []
+        self._pools = ReferencePools(train, *held_out)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
+    ) -> None:
         """Draw references for each image of the batch."""
         del batch_idx
         model: ResAD = pl_module  # type: ignore[assignment]
         if not model.is_trainable:
             return
         assert self._pools is not None
-        drawn = [self._pools.draw(path, self.k_shot, self.seed, trainer.current_epoch, path) for path in batch.image_path]
+        assert batch.image_path is not None
+        keys = (self.seed, trainer.current_epoch)
+        drawn = [self._pools.draw(path, self.k_shot, *keys, path) for path in batch.image_path]
         model.batch_references = [self._rows(model, paths) for paths in drawn]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,7 +234,7 @@ class FewShotReferences(Callback):
         return held_out is not None and "category" in held_out.samples
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Give held-out source images the references of their category."""
         del batch_idx, dataloader_idx
@@ -237,6 +242,7 @@ class FewShotReferences(Callback):
         model.batch_references = None
         if not self._validates_on_source(trainer):
             return
+        assert batch.image_path is not None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pools = self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)
         banks: dict[str, list[Tensor]] = {}

@@ -200,7 +200,7 @@ class CrossCategory(AnomalibDataModule):
         held_out: list[str] = []
         for (category, label), group in samples.groupby(["category", "label_index"]):
             paths = group.image_path.tolist()
-            generator = seeded(self.seed or 0, str(category), int(label))
+            generator = seeded(self.seed or 0, str(category), str(label))
             held_out += draw(paths, int(self.val_ratio * len(paths)), generator)
         return held_out
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
 ARCHITECTURE = ("backbone", "layers", "match", "residual", "coupling_layers", "position_channels", "sigma")
-TRAINED_PARTS = ("model.constraintors.", "model.flows.")
+TRAINED_PARTS = ("constraintors", "flows")
 
 
 def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
@@ -111,6 +111,7 @@ class ResAD(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        own_pre_processor = pre_processor is not True
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((image_size[0], image_size[1]))
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
@@ -119,7 +120,7 @@ class ResAD(AnomalibModule):
         if checkpoint is None:
             self.model: ResADModel = self._build()
         else:
-            self._start_from(Path(checkpoint))
+            self._start_from(Path(checkpoint), own_pre_processor)
         self.is_trainable = checkpoint is None and estimator == "flow"
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
@@ -136,29 +137,37 @@ class ResAD(AnomalibModule):
             weights=self.hparams["weights"],
         )
 
-    def _start_from(self, path: Path) -> None:
-        """Take architecture, weights, threshold and bank from a trained ResAD."""
+    def _start_from(self, path: Path, own_pre_processor: bool) -> None:
+        """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
+
+        Raises:
+            ValueError: If the file is damaged, unsafe, no ResAD, or of a training that diverged.
+            FileNotFoundError: If there is no such file.
+        """
         content = load_weights_only(path, what="trained ResAD")
         state, settings = content.get("state_dict"), content.get("hyper_parameters", {})
         missing = [key for key in ARCHITECTURE if key not in settings]
         if not isinstance(state, dict) or missing:
-            msg = f"{path} is no ResAD checkpoint (it lacks {missing or 'state_dict'}). Train one with `anomalib train`."
+            msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
             raise ValueError(msg)
         wanted = {key: self.hparams[key] for key in ARCHITECTURE}
-        self.hparams.update({"checkpoint": None})  # what it gives is saved with this model; the file is not needed again
+        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
         self._adopt(settings)
+        transform = content.get("anomalib_pre_processor_config")
+        if transform and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.load_checkpoint_config(transform)
         taken = {key: self.hparams[key] for key in ARCHITECTURE if self.hparams[key] != wanted[key]}
         if taken:
             logger.info("Settings taken from %s: %s.", path, taken)
-        super().on_load_checkpoint(content)
         broken = [key for key, value in state.items() if key.startswith("model.") and _has_nan(key, value)]
         if broken:
             msg = f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training diverged."
             raise ValueError(msg)
-        if self.hparams["estimator"] == "distance":
-            state = {key: value for key, value in state.items() if not key.startswith(TRAINED_PARTS)}
+        needless = TRAINED_PARTS if self.hparams["estimator"] == "distance" else ()
         try:
-            self.load_state_dict(state)
+            self.model.load_state_dict(_part(state, "model.", needless))
+            if isinstance(self.post_processor, RankKeepingPostProcessor):
+                self.post_processor.load_state_dict(_part(state, "post_processor."), strict=False)
         except RuntimeError as error:
             msg = f"{path} does not fit this version of ResAD: {error}"
             raise ValueError(msg) from error
@@ -242,7 +251,7 @@ class ResAD(AnomalibModule):
             "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1),
         }
 
-    def training_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """One step of the constraintor, several of the flow over shuffled patches.
 
         Raises:
@@ -252,6 +261,7 @@ class ResAD(AnomalibModule):
         if not self.is_trainable:
             return torch.zeros((), device=self.device, requires_grad=True)
         assert self.batch_references is not None
+        assert batch.image is not None
         features = self.model.backbone(batch.image)
         matched = self.model.match_each(features, self.batch_references)
         masks = level_masks(self._mask_of(batch), features)
@@ -259,15 +269,15 @@ class ResAD(AnomalibModule):
         occ, constrained = self.model.constrain_loss(features, matched, masks)
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.manual_backward(occ)
-        flow_loss = occ
-        steps = self.model.flow_losses(
+        flow_losses = self.model.flow_losses(
             constrained,
             masks,
             self.hparams["flow_batch_size"],
             self.hparams["flow_steps"],
             self.hparams["push_pull_weight"],
         )
-        for flow_loss in steps:  # noqa: B007  # the last loss is logged
+        flow_loss = occ.new_zeros(())
+        for flow_loss in flow_losses:
             self.manual_backward(flow_loss)
             optimizer.step()  # type: ignore[union-attr]
             optimizer.zero_grad()  # type: ignore[union-attr]
@@ -281,11 +291,12 @@ class ResAD(AnomalibModule):
         return None
 
     @staticmethod
-    def _mask_of(batch: Batch) -> Tensor:
+    def _mask_of(batch: ImageBatch) -> Tensor:
+        assert batch.image is not None
         if batch.gt_mask is not None:
             return batch.gt_mask
         if batch.gt_label is not None and bool(batch.gt_label.any()):
-            msg = "A defective training image has no mask. CrossCategory leaves such images out; other datamodules must."
+            msg = "A defective training image has no mask. Train with CrossCategory, which leaves such images out."
             raise ValueError(msg)
         return torch.zeros(len(batch.image), *batch.image.shape[-2:], device=batch.image.device)
 
@@ -293,11 +304,12 @@ class ResAD(AnomalibModule):
         """Step the learning rate, which Lightning leaves to models that optimize by hand."""
         scheduler = self.lr_schedulers()
         if self.is_trainable and scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
 
-    def validation_step(self, batch: Batch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
         del args, kwargs
+        assert batch.image is not None
         if self.batch_references is None:
             predictions = self.model(batch.image)
         else:
@@ -305,6 +317,12 @@ class ResAD(AnomalibModule):
             matched = self.model.match_each(features, self.batch_references)
             predictions = self.model.score(features, matched, batch.image.shape[-2:])
         return batch.update(**predictions._asdict())
+
+
+def _part(state: dict[str, Any], prefix: str, needless: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entries of a state dict below ``prefix``, without the prefix."""
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in part.items() if not key.startswith(needless)}
 
 
 def _has_nan(key: str, value: Any) -> bool:  # noqa: ANN401

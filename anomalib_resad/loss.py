@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 
+def _mean_or_zero(values: Tensor) -> Tensor:
+    """The mean; 0, still attached to the graph, of no values."""
+    return values.sum() / max(values.numel(), 1)
+
+
 def abnormal_invariant_occ(constrained: Tensor, residual: Tensor, mask: Tensor) -> Tensor:
     """Abnormal-invariant one-class loss: normal residuals shrink, abnormal ones stay what they are.
 
-    ``(1 - y) (sqrt(||f|| + 1) - 1) + y ||f - r||``, averaged over all positions.
+    ``(1 - y) (sqrt(||f|| + 1) - 1) + y ||f - r||``, each term averaged over its own positions, as in the published
+    code: averaged over all, the abnormal term would all but vanish, since about one position in fifty is abnormal.
 
     Args:
         constrained (Tensor): Constrained residuals f, shape ``(N, C)``.
@@ -24,7 +30,7 @@ def abnormal_invariant_occ(constrained: Tensor, residual: Tensor, mask: Tensor) 
     """
     shrink = torch.sqrt(constrained.norm(dim=1) + 1) - 1
     keep = (constrained - residual).norm(dim=1)
-    return torch.where(mask > 0, keep, shrink).mean()
+    return _mean_or_zero(shrink[mask == 0]) + _mean_or_zero(keep[mask > 0])
 
 
 def normal_boundary(log_p: Tensor, quantile: float = 0.05) -> Tensor:
@@ -35,11 +41,6 @@ def normal_boundary(log_p: Tensor, quantile: float = 0.05) -> Tensor:
         quantile (float): The share.
     """
     return log_p.detach().sort().values[int(quantile * log_p.shape[0])]
-
-
-def _mean_or_zero(values: Tensor) -> Tensor:
-    """The mean; 0, still attached to the graph, of no values."""
-    return values.sum() / max(values.numel(), 1)
 
 
 def semi_push_pull(log_p: Tensor, mask: Tensor, quantile: float = 0.05, margin: float = 0.1) -> Tensor:

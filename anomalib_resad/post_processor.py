@@ -5,7 +5,6 @@
 from typing import Any
 
 import torch
-from anomalib.data import Batch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -34,7 +33,7 @@ class RankKeepingPostProcessor(PostProcessor):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Batch,
+        outputs: Any,  # noqa: ANN401  # Lightning's type; anomalib passes a Batch
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> None:

@@ -34,7 +34,8 @@ def _mask_of(image: Path, root: Path) -> str:
     """The mask of a defective image: its stem, with or without ``_mask``, any image format; empty if there is none."""
     folder = root / "ground_truth" / image.parent.name
     stems = (f"{image.stem}_mask", image.stem)
-    masks = [path for stem in stems for path in sorted(folder.glob(f"{stem}.*")) if path.suffix.lower() in IMG_EXTENSIONS]
+    candidates = [path for stem in stems for path in sorted(folder.glob(f"{stem}.*"))]
+    masks = [path for path in candidates if path.suffix.lower() in IMG_EXTENSIONS]
     return str(masks[0]) if masks else ""
 
 
@@ -116,7 +117,7 @@ class ProductFolder(AnomalibDataModule):
         self.category = category
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]  # as anomalib's own datamodules do
         """The name of the folder that holds the products."""
         return self.root.resolve().name
 

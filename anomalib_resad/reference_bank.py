@@ -75,6 +75,9 @@ def to_rows(features: Tensor) -> Tensor:
 def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
     """Replace each patch feature by its nearest bank row.
 
+    Images are searched one by one, which is faster on a CPU (the similarities stay in its cache), bounds the memory,
+    and makes the result independent of the batch. An export with a batch of any size searches them together.
+
     Args:
         features (Tensor): Feature map, shape ``(B, C, H, W)``.
         rows (Tensor): Bank rows, shape ``(N, C)``.
@@ -84,7 +87,9 @@ def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
         Tensor: Matched references, shape ``(B, C, H, W)``.
     """
     batch, channels, height, width = features.shape
-    matched = rows[nearest_rows(to_rows(features), rows, metric)]  # (B * H * W, C)
+    queries = to_rows(features)
+    blocks = [queries] if torch.compiler.is_compiling() else queries.split(height * width)
+    matched = torch.cat([rows[nearest_rows(block, rows, metric)] for block in blocks])  # (B * H * W, C)
     return matched.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -125,10 +125,9 @@ class ResADModel(nn.Module):
         Returns:
             list[Tensor]: Matched references, of the features' shapes.
         """
+        metric = self.bank.metric
         return [
-            torch.cat(
-                [match(level[index : index + 1], rows[number], self.bank.metric) for index, rows in enumerate(references)]
-            )
+            torch.cat([match(image[None], rows[number], metric) for image, rows in zip(level, references, strict=True)])
             for number, level in enumerate(features)
         ]
 
@@ -187,13 +186,9 @@ class ResADModel(nn.Module):
                 chosen = order[step::count][:batch_size]
                 flow: PositionFlow = self.flows[level]  # type: ignore[assignment]
                 height, width = f.shape[-2:]
-                positions = (
-                    flow.positions(height, width)[chosen % (height * width)] if flow.position_channels else None
-                )
+                positions = flow.positions(height, width)[chosen % (height * width)] if flow.position_channels else None
                 log_p = flow.log_likelihood(to_rows(f)[chosen], positions)
                 labels = mask.flatten()[chosen]
                 self.anomaly_map.update_ceiling(level, log_p, labels)
-                losses.append(
-                    negative_log_likelihood(log_p, labels) + push_pull_weight * semi_push_pull(log_p, labels)
-                )
+                losses.append(negative_log_likelihood(log_p, labels) + push_pull_weight * semi_push_pull(log_p, labels))
             yield torch.stack(losses).mean()
