@@ -7,6 +7,7 @@ Paper: ResAD (arXiv 2410.20047), section 3.4, after CFLOW-AD. The flow itself is
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from FrEIA.framework import SequenceINN
@@ -45,6 +46,18 @@ def position_encoding(channels: int, height: int, width: int) -> Tensor:
     return torch.cat((columns, rows), dim=2).reshape(height * width, channels).float()
 
 
+class CouplingBlock(AllInOneBlock):
+    """FrEIA's block, with a method where it has a lambda, so that the model can be pickled (``export_type torch``)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, global_affine_type="SOFTPLUS", **kwargs)
+        del self.global_scale_activation
+
+    def global_scale_activation(self, scale: Tensor) -> Tensor:
+        """FrEIA's SOFTPLUS activation of the global scale."""
+        return 0.1 * self.softplus(scale)
+
+
 def _subnet(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 2 * inputs), nn.ReLU(), nn.Linear(2 * inputs, outputs))
 
@@ -69,10 +82,9 @@ class PositionFlow(nn.Module):
             warnings.filterwarnings("ignore", message="Soft permutation")
             for _ in range(coupling_layers):
                 self.blocks.append(
-                    AllInOneBlock,
+                    CouplingBlock,
                     subnet_constructor=_subnet,
                     affine_clamping=SOFT_CLAMP,
-                    global_affine_type="SOFTPLUS",
                     permute_soft=True,
                     **condition,
                 )

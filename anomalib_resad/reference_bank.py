@@ -47,7 +47,7 @@ def nearest_rows(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
         metric (Metric): ``"l2"`` (paper) or ``"cosine"`` (published code).
 
     Returns:
-        Tensor: Indices into ``rows``, shape ``(Q,)``; of equally near rows, the first.
+        Tensor: Indices into ``rows``, shape ``(Q,)``; of equal rows, one of them.
     """
     keys = rows if metric == "l2" else F.normalize(rows, dim=1)
     bias = -0.5 * rows.square().sum(dim=1) if metric == "l2" else None

@@ -27,7 +27,8 @@ class SyntheticDefects(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look whether the training data holds real defects."""
-        del pl_module
+        if not getattr(pl_module, "is_trainable", True):
+            return
         samples = getattr(getattr(getattr(trainer, "datamodule", None), "train_data", None), "samples", None)
         self.active = samples is None or not bool((samples.label_index == 1).any())
         if self.active:
@@ -35,8 +36,8 @@ class SyntheticDefects(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Replace images, masks and labels of the batch."""
-        del trainer, batch_idx
-        if not self.active or not getattr(pl_module, "is_trainable", True):
+        del trainer, pl_module, batch_idx
+        if not self.active:
             return
         images, masks = self.generator(batch.image)
         batch.update(

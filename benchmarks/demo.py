@@ -14,21 +14,23 @@ import os
 import socket
 import time
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import huggingface_hub.constants
-from anomalib.data import ImageBatch
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.engine import Engine
-from anomalib.metrics import AUROC, Evaluator
 from anomalib.models import AnomalibModule, Patchcore
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
+from sklearn.metrics import roc_auc_score
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
@@ -77,29 +79,35 @@ def backbone_arguments(backbone: str, weights: Path | None) -> tuple[dict[str, A
     return {"backbone": backbone, "pre_trained": True}, "timm pretrained"
 
 
-def raw_evaluator() -> Evaluator:
-    """Image and pixel AUROC of raw scores."""
-    image = AUROC(fields=["pred_score", "gt_label"], prefix="image_")
-    pixel = AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False)
-    return Evaluator(test_metrics=[image, pixel])
-
-
 def engine(output: Path, epochs: int | None = None) -> Engine:
     """An engine with a progress bar and no loggers."""
     limits: dict[str, Any] = {"max_epochs": epochs} if epochs else {}
     return Engine(default_root_dir=output, callbacks=[RichProgressBar()], enable_model_summary=False, **limits)
 
 
-def evaluate(model: AnomalibModule, data: ProductFolder, output: Path) -> dict[str, float]:
-    """Enroll (for ResAD) and test on the target."""
-    start = time.perf_counter()
-    results = engine(output).test(model=model, datamodule=data, verbose=False)[0]
-    seconds = time.perf_counter() - start
-    return {key: float(value) for key, value in results.items() if key.endswith("AUROC")} | {"seconds": seconds}
+def predict(model: AnomalibModule, data: AnomalibDataModule, output: Path) -> list[ImageBatch]:
+    """Raw predictions of the target's test images; ResAD enrolls the references first."""
+    predictions: Any = engine(output).predict(model=model, datamodule=data, return_predictions=True)
+    return list(predictions)
 
 
-def test_patchcore(resad: ResAD, data: ProductFolder, output: Path) -> dict[str, float]:
-    """Fit and test anomalib's Patchcore on the reference photos and the backbone weights that ResAD has."""
+def auroc(predictions: list[ImageBatch]) -> dict[str, float | None]:
+    """Image and pixel AUROC of raw scores.
+
+    Not by torchmetrics, batch by batch: it passes those batches through a sigmoid that have a score beyond 0..1.
+    """
+    scores = torch.cat([torch.as_tensor(batch.pred_score) for batch in predictions])
+    labels = torch.cat([torch.as_tensor(batch.gt_label) for batch in predictions])
+    pixel = None
+    if all(batch.gt_mask is not None for batch in predictions):
+        maps = torch.cat([torch.as_tensor(batch.anomaly_map).flatten() for batch in predictions])
+        masks = torch.cat([torch.as_tensor(batch.gt_mask).flatten() for batch in predictions])
+        pixel = float(roc_auc_score(masks, maps))
+    return {"image_AUROC": float(roc_auc_score(labels, scores)), "pixel_AUROC": pixel}
+
+
+def predict_patchcore(resad: ResAD, data: ProductFolder, output: Path) -> list[ImageBatch]:
+    """Raw predictions of anomalib's Patchcore, fitted on ResAD's references, with ResAD's backbone weights."""
     pyramid = resad.model.backbone
     size = resad.hparams["image_size"]
     model = Patchcore(
@@ -108,7 +116,7 @@ def test_patchcore(resad: ResAD, data: ProductFolder, output: Path) -> dict[str,
         coreset_sampling_ratio=0.1,
         pre_processor=Patchcore.configure_pre_processor(size),
         post_processor=False,
-        evaluator=raw_evaluator(),
+        evaluator=False,
         visualizer=False,
     )
     extractor: Any = model.model.feature_extractor
@@ -124,14 +132,7 @@ def test_patchcore(resad: ResAD, data: ProductFolder, output: Path) -> dict[str,
     loader = DataLoader(chosen, batch_size=len(chosen), collate_fn=chosen.collate_fn)
     run = engine(output)
     run.fit(model=model, train_dataloaders=loader)
-    results = run.test(model=model, datamodule=data, verbose=False)[0]
-    return {key: float(value) for key, value in results.items() if key.endswith("AUROC")}
-
-
-def predict(model: ResAD, data: ProductFolder, output: Path) -> list[ImageBatch]:
-    """Raw predictions of the test images."""
-    predictions: Any = engine(output).predict(model=model, datamodule=data, return_predictions=True)
-    return list(predictions)
+    return predict(model, data, output)
 
 
 def summarize(rows: list[dict[str, Any]], title: str) -> None:
@@ -234,34 +235,36 @@ def main(
     minutes = (time.perf_counter() - start) / 60
 
     rows: list[dict[str, Any]] = []
-    galleries: dict[str, list[ImageBatch]] = {}
     for draw in range(seed, seed + draws):
-        base = {"target": target, "k_shot": k_shot, "draw": draw}
-        options: dict[str, Any] = {"reference_seed": draw, "post_processor": False, "visualizer": False}
-        methods = {
-            "ResAD": ResAD(checkpoint=checkpoint, k_shot=k_shot, evaluator=raw_evaluator(), **options),
-            "nearest neighbor": ResAD(
-                checkpoint=checkpoint, k_shot=k_shot, estimator="distance", evaluator=raw_evaluator(), **options
-            ),
+        target_data = partial(ProductFolder, root, target, eval_batch_size=8, num_workers=workers)
+        resad, neighbor = (
+            ResAD(
+                checkpoint=checkpoint,
+                estimator=estimator,
+                k_shot=k_shot,
+                reference_seed=draw,
+                post_processor=False,
+                evaluator=False,
+                visualizer=False,
+            )
+            for estimator in ("flow", "distance")
+        )
+        predictions = {
+            "ResAD": predict(resad, target_data(), output),
+            "nearest neighbor": predict(neighbor, target_data(), output),
         }
-        names: list[str] = []
-        for method, model in methods.items():
-            product = ProductFolder(root, target, eval_batch_size=8, num_workers=workers)
-            figures = evaluate(model, product, output)
-            names = [file["name"] for file in model.model.bank.record["files"]]
-            rows.append(base | {"method": method, "references": " ".join(names)} | figures)
-            if draw == seed:
-                galleries[method] = predict(model, product, output)
         if patchcore:
-            product = ProductFolder(root, target, eval_batch_size=8, num_workers=workers)
-            figures = test_patchcore(methods["ResAD"], product, output)
-            rows.append(base | {"method": "Patchcore", "references": " ".join(names)} | figures)
+            predictions["Patchcore"] = predict_patchcore(resad, target_data(), output)
+        names = " ".join(file["name"] for file in resad.model.bank.record["files"])
+        row = {"target": target, "k_shot": k_shot, "draw": draw, "references": names}
+        rows += [row | {"method": method} | auroc(batches) for method, batches in predictions.items()]
+        if draw == seed:
+            draw_gallery(predictions, output / "gallery.png")
     settings |= {"weights": weights_name, "source": others, "target": target, "epochs": epochs, "seed": seed}
     write_results(output, rows, settings | {"image_size": [224, 224], "draws": draws, "training_minutes": minutes})
     summarize(rows, f"{target}, {k_shot}-shot, {draws} draw(s), {backbone} ({weights_name}), 224 px")
-    picture = draw_gallery(galleries, output / "gallery.png")
     console.print(
-        f"Training took {minutes:.1f} min. Gallery: {picture}; figures: {output / 'results.csv'}; "
+        f"Training took {minutes:.1f} min. Gallery: {output / 'gallery.png'}; figures: {output / 'results.csv'}; "
         f"checkpoint: {checkpoint}"
     )
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import math
+
+import pytest
+import torch
+
+from anomalib_resad.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.loss import abnormal_invariant_occ, negative_log_likelihood, semi_push_pull
+
+
+def test_occ_by_hand() -> None:
+    f = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 1.0]])
+    r = torch.tensor([[0.0, 0.0], [5.0, 5.0], [4.0, 5.0]])
+    loss = abnormal_invariant_occ(f, r, torch.tensor([0.0, 0.0, 1.0]))
+    assert math.isclose(loss.item(), ((math.sqrt(6) - 1) + 0) / 2 + 5, rel_tol=1e-6)
+
+
+def test_occ_has_finite_gradients_at_zero() -> None:
+    f = torch.zeros(4, 3, requires_grad=True)
+    abnormal_invariant_occ(f, torch.zeros(4, 3), torch.tensor([0, 0, 1, 1])).backward()
+    assert f.grad is not None
+    assert torch.isfinite(f.grad).all()
+
+
+def test_semi_push_pull_by_hand() -> None:
+    normal = torch.linspace(0, 1, 41)  # the 5 % quantile is the third: 0.05; below it 0 and 0.025
+    abnormal = torch.tensor([-3.0, 0.0, 0.5])  # above 0.05 - 0.1 = -0.05: two
+    log_p = torch.cat([normal, abnormal]).requires_grad_()
+    mask = torch.cat([torch.zeros(41), torch.ones(3)])
+    loss = semi_push_pull(log_p, mask)
+    assert math.isclose(loss.item(), (0.05 + 0.025) / 2 + (0.05 + 0.55) / 2, rel_tol=1e-5)
+    loss.backward()
+    assert log_p.grad is not None
+    assert log_p.grad[2] == 0, "no gradient flows through the boundary"
+    assert log_p.grad[41] == 0, "an abnormal position far below is left alone"
+    assert log_p.grad[43] > 0
+
+
+def test_losses_without_normal_or_abnormal_positions() -> None:
+    log_p = torch.randn(8, requires_grad=True)
+    for mask in (torch.zeros(8), torch.ones(8)):
+        loss = semi_push_pull(log_p, mask) + negative_log_likelihood(log_p, mask)
+        loss.backward()
+        assert torch.isfinite(loss)
+
+
+def test_score_is_the_maximum_of_the_summed_levels() -> None:
+    generator = AnomalyMapGenerator(2, sigma=0)
+    result = generator([torch.full((1, 4, 4), 0.25), torch.full((1, 2, 2), 0.5)], (8, 8))
+    assert result.anomaly_map.shape == (1, 1, 8, 8)
+    assert torch.allclose(result.anomaly_map, torch.tensor(0.75))
+    assert torch.allclose(result.pred_score, torch.tensor([0.75]))
+
+
+def test_score_does_not_depend_on_the_other_images() -> None:
+    """Defect 3 of the published code: it subtracts the test set's maximum. Old and new behavior side by side."""
+    generator = AnomalyMapGenerator(1, sigma=4)
+    generator.update_ceiling(0, torch.tensor([-0.5, -1.0, 3.0]), torch.tensor([0, 0, 1]))
+    assert generator.ceilings.tolist() == [-0.5], "abnormal positions do not count"
+    log_p = -torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)) - 0.5
+
+    def published(batch: torch.Tensor) -> torch.Tensor:
+        likelihood = torch.exp(batch - batch.max())
+        return likelihood.max() - likelihood
+
+    def ours(batch: torch.Tensor) -> torch.Tensor:
+        return generator(generator.likelihoods_to_anomalies([batch]), (32, 32)).pred_score
+
+    brighter = torch.cat([log_p[:1], log_p[1:] + 0.4])
+    assert not torch.allclose(published(brighter)[0], published(log_p)[0])
+    torch.testing.assert_close(ours(brighter)[0], ours(log_p)[0])
+    torch.testing.assert_close(ours(log_p[:1]), ours(log_p)[:1])
+
+
+def test_ceiling_is_a_moving_average() -> None:
+    generator = AnomalyMapGenerator(1)
+    for value in (0.0, 1.0):
+        generator.update_ceiling(0, torch.tensor([value]), torch.tensor([0]))
+    assert generator.ceilings.item() == pytest.approx(0.1)
+    generator.update_ceiling(0, torch.tensor([9.0]), torch.tensor([1]))
+    assert generator.ceilings.item() == pytest.approx(0.1)

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from anomalib_resad import ReferenceBank, reference_bank
+from anomalib_resad.reference_bank import Metric, match, nearest_rows, to_rows
+
+METRICS: list[Metric] = ["l2", "cosine"]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("rows", [1, 31, 64, 1024, 1025, 2500])
+def test_nearest_is_what_a_full_comparison_finds(metric: Metric, rows: int) -> None:
+    queries, bank = random(50, 6), random(rows, 6, seed=1)
+    full = -torch.cdist(queries, bank) if metric == "l2" else cosine_similarity(queries[:, None], bank[None], dim=2)
+    assert torch.equal(nearest_rows(queries, bank, metric), full.argmax(dim=1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_order_and_duplicates_of_references_change_nothing(metric: Metric) -> None:
+    features, rows = random(2, 6, 5, 7), random(3000, 6, seed=1)
+    matched = match(features, rows, metric)
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(match(features, rows[order], metric), matched)
+    assert torch.equal(match(features, torch.cat([rows, rows[:700]]), metric), matched)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_batch_composition_changes_no_bit(metric: Metric) -> None:
+    features, rows = random(4, 6, 8, 8).float(), random(2000, 6, seed=1).float()
+    alone = torch.cat([match(features[index : index + 1], rows, metric) for index in range(4)])
+    assert torch.equal(match(features, rows, metric), alone)
+    assert torch.equal(match(features.flip(0), rows, metric).flip(0), alone)
+
+
+def test_layout_by_coordinates() -> None:
+    """Features that say where they come from must come back to where they were."""
+    y, x = torch.meshgrid(torch.arange(5.0), torch.arange(7.0), indexing="ij")
+    image = torch.stack([torch.stack([y, x, torch.full_like(y, 100 * index)]) for index in range(3)])  # (3, 3, 5, 7)
+    rows = to_rows(image)
+    assert rows[7 * 2 + 4].tolist() == [2, 4, 0]
+    assert rows[35 + 7 * 2 + 4].tolist() == [2, 4, 100]
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    assert torch.equal(match(image, shuffled), image)
+
+
+def test_similarities_do_not_grow_with_the_bank(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths = []
+    argmax_rows = reference_bank._argmax_rows
+    monkeypatch.setattr(
+        reference_bank, "_argmax_rows", lambda block: (widths.append(tuple(block.shape)), argmax_rows(block))[1]
+    )
+    match(random(2, 6, 4, 4), random(5000, 6))
+    assert max(rows for _, rows in widths) <= reference_bank.BLOCK
+    assert {queries for queries, _ in widths} == {16}
+
+
+def filled(photos: int = 2) -> ReferenceBank:
+    bank = ReferenceBank([4, 6])
+    bank.fill([random(photos, 4, 3, 3).float(), random(photos, 6, 2, 2).float()], {"files": [{"name": "a.png"}]})
+    return bank
+
+
+def test_save_and_load_whatever_the_size(tmp_path) -> None:  # noqa: ANN001
+    bank, other = filled(5), filled(1)
+    torch.save(bank.state_dict(), tmp_path / "bank.pt")
+    other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
+    assert all(torch.equal(a, b) for a, b in zip(bank.levels, other.levels, strict=True))
+    assert other.record == {"files": [{"name": "a.png"}]}
+
+
+def test_bad_banks_are_refused() -> None:
+    bank = filled()
+    before = [level.clone() for level in bank.levels]
+    with pytest.raises(ValueError, match="NaN"):
+        bank.fill([torch.full((1, 4, 3, 3), float("nan")), torch.zeros(1, 6, 2, 2)])
+    with pytest.raises(ValueError, match=r"\(4, 6\)"):
+        bank.fill([torch.zeros(1, 5, 3, 3), torch.zeros(1, 6, 2, 2)])
+    with pytest.raises(ValueError, match="at least one photo"):
+        bank.fill([torch.zeros(0, 4, 3, 3), torch.zeros(0, 6, 2, 2)])
+    assert all(torch.equal(a, b) for a, b in zip(bank.levels, before, strict=True))
+    with pytest.raises(RuntimeError, match="references="):
+        ReferenceBank([4])([torch.zeros(1, 4, 2, 2)])
+    with pytest.raises(ValueError, match="match='dot'"):
+        ReferenceBank([4], "dot")  # type: ignore[arg-type]
