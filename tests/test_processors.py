@@ -82,6 +82,6 @@ def test_statistics_are_kept_when_there_is_nothing_to_train() -> None:
     )
     for keep, expected in ((True, 1.0), (False, 9.0)):
         post_processor.keep_statistics = keep
-        post_processor.on_validation_batch_end(None, None, batch)  # type: ignore[arg-type]
-        post_processor.on_validation_epoch_end(None, None)  # type: ignore[arg-type]
+        post_processor.on_validation_batch_end(None, None, batch)
+        post_processor.on_validation_epoch_end(None, None)
         assert post_processor.image_threshold.item() == expected

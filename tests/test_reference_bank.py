@@ -67,7 +67,7 @@ def filled(photos: int = 2) -> ReferenceBank:
     return bank
 
 
-def test_save_and_load_whatever_the_size(tmp_path) -> None:  # noqa: ANN001
+def test_save_and_load_whatever_the_size(tmp_path) -> None:
     bank, other = filled(5), filled(1)
     torch.save(bank.state_dict(), tmp_path / "bank.pt")
     other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
@@ -88,4 +88,4 @@ def test_bad_banks_are_refused() -> None:
     with pytest.raises(RuntimeError, match="references="):
         ReferenceBank([4])([torch.zeros(1, 4, 2, 2)])
     with pytest.raises(ValueError, match="match='dot'"):
-        ReferenceBank([4], "dot")  # type: ignore[arg-type]
+        ReferenceBank([4], "dot")

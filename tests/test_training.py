@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Training, enrolling and scoring through anomalib's engine."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch
+
+from anomalib_resad import ResAD, ResADModel
+from anomalib_resad.callback import FeatureCache, ReferencePools
+from anomalib_resad.photos import read_photo
+from tests.conftest import TINY, cross_category, product, quiet_engine
+from tests.test_backbone import Exploit
+
+
+def scores(model: ResAD, data: object, folder: Path) -> torch.Tensor:
+    batches = quiet_engine(folder).predict(model, datamodule=data, return_predictions=True)
+    return torch.cat([batch.pred_score for batch in batches])
+
+
+def test_every_level_is_trained_and_the_backbone_is_not(products: Path, tmp_path: Path) -> None:
+    """Defect 1 of the published code: a level with fewer patches than the batch size was never trained."""
+    model = ResAD(**TINY | {"flow_batch_size": 8192}, visualizer=False)
+    before = {
+        name: value.clone() for name, value in model.model.state_dict().items() if isinstance(value, torch.Tensor)
+    }
+    quiet_engine(tmp_path, max_epochs=1).fit(model, datamodule=cross_category(products))
+    trainable = {name for name, value in model.model.named_parameters() if value.requires_grad}
+    unchanged = {name for name in trainable if torch.equal(before[name], model.model.state_dict()[name])}
+    assert not unchanged
+    frozen = {f"backbone.{name}": value for name, value in model.model.backbone.state_dict().items()}
+    assert all(torch.equal(before[name], value) for name, value in frozen.items())
+    assert torch.isfinite(model.model.anomaly_map.ceilings).all()
+
+
+def test_flow_loss_does_not_reach_the_constraintor(images: torch.Tensor) -> None:
+    model = ResADModel("resnet18", pre_trained=False, coupling_layers=1, position_channels=8)
+    features = model.backbone(images)
+    matched = [torch.zeros_like(level) for level in features]
+    masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
+    _, constrained = model.constrain_loss(features, matched, masks)
+    for loss in model.flow_losses(constrained, masks, batch_size=64, steps=2):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.constraintors.parameters())
+    assert all(flow.blocks.module_list[0].subnet[0].weight.grad is not None for flow in model.flows)
+
+
+def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
+    model = ResADModel("resnet18", pre_trained=False, coupling_layers=1, position_channels=0)
+    features = model.backbone(images)
+    masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
+    counts = [0, 0, 0]
+    for level, flow in enumerate(model.flows):
+        original = flow.log_likelihood
+
+        def counted(vectors, positions, level=level, original=original):
+            counts[level] += len(vectors)
+            return original(vectors, positions)
+
+        flow.log_likelihood = counted
+    assert len(list(model.flow_losses(features, masks, batch_size=300, steps=None))) == 3
+    assert counts == [3 * 256, 3 * 64, 3 * 16]
+
+
+def test_references_of_training_images(products: Path) -> None:
+    """Defects 5 and 6: drawn per image, never the image itself, without replacement, seeded."""
+    data = cross_category(products)
+    data.setup()
+    pools = ReferencePools(data.train_data, data.val_data)
+    assert set(pools.good) == {"products/grain", "products/pill"}
+    good = pools.good["products/pill"]
+    for epoch in range(20):
+        drawn = pools.draw(good[0], 3, 0, epoch, good[0])
+        assert good[0] not in drawn
+        assert len(set(drawn)) == 3
+        assert set(drawn) <= set(good)
+        assert drawn == pools.draw(good[0], 3, 0, epoch, good[0])
+    assert len({tuple(pools.draw(path, 3, 0, 0, path)) for path in good}) > 1, "each image has a draw of its own"
+    assert not set(good) & set(data.val_data.samples.image_path), "held-out images are no references"
+    with pytest.raises(ValueError, match=r"k_shot=50, but products/pill has \d+ good training images"):
+        pools.draw(good[0], 50, 0)
+
+
+def test_feature_cache_is_bounded_and_exact() -> None:
+    calls: list[str] = []
+
+    def compute(path: str) -> list[torch.Tensor]:
+        calls.append(path)
+        return [torch.full((10,), float(len(calls)))]
+
+    cache = FeatureCache(max_bytes=100)
+    assert cache.get("a", compute)[0][0] == cache.get("a", compute)[0][0] == 1
+    cache.get("b", compute)
+    cache.get("a", compute)
+    cache.get("c", compute)  # 120 bytes: b, the least recently used, goes
+    assert cache.bytes == 80
+    cache.get("a", compute)
+    cache.get("b", compute)
+    assert calls == ["a", "b", "c", "b"]
+
+
+def test_checkpoint_holds_everything(trained: Path, images: torch.Tensor) -> None:
+    content = torch.load(trained, weights_only=False)
+    plain = (str, int, float, bool, list, tuple, type(None))
+    assert all(isinstance(value, plain) for value in content["hyper_parameters"].values())
+    restored = ResAD.load_from_checkpoint(trained).eval()
+    bank = restored.model.bank
+    assert bank.record["category"] == "products/tiles"
+    assert len(bank.record["files"]) == 2
+    assert all(len(file["sha256"]) == 64 for file in bank.record["files"])
+    with torch.no_grad():
+        first = restored.model(images)
+        second = ResAD(checkpoint=trained).eval().model(images)
+    assert torch.equal(first.pred_score, second.pred_score)
+    assert torch.equal(first.anomaly_map, second.anomaly_map)
+
+
+def test_restores_into_a_model_of_other_settings(trained: Path, products: Path, tmp_path: Path) -> None:
+    """`anomalib test --model ResAD --ckpt_path x` works without repeating the backbone."""
+    model = ResAD(pre_trained=False, visualizer=False)
+    assert model.hparams["backbone"] == "wide_resnet50_2"
+    data = product(products, "tiles")
+    quiet_engine(tmp_path).test(model, datamodule=data, ckpt_path=trained, verbose=False)
+    assert model.hparams["backbone"] == "resnet18"
+    assert model.hparams["coupling_layers"] == 2
+
+
+def test_two_phases(trained: Path, products: Path, tmp_path: Path) -> None:
+    """With a checkpoint there is nothing to train: fit enrolls, keeps every weight, and saves."""
+    model = ResAD(checkpoint=trained, k_shot=3, reference_seed=7, visualizer=False)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    threshold = model.post_processor.image_threshold.clone()
+    engine = quiet_engine(tmp_path)
+    engine.fit(model, datamodule=product(products, "tiles", val_split_mode="same_as_test"))
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+    assert torch.equal(model.post_processor.image_threshold, threshold), "the trained threshold travels"
+    assert model.model.bank.record["k_shot"] == 3
+    saved = ResAD.load_from_checkpoint(engine.best_model_path)
+    assert saved.model.bank.record == model.model.bank.record
+
+
+def test_score_depends_on_image_bank_and_weights_alone(trained: Path, products: Path, tmp_path: Path) -> None:
+    values = []
+    for batch_size, keep in ((1, None), (4, None), (6, None), (4, [3, 1])):
+        data = product(products, "tiles")
+        data.eval_batch_size = batch_size
+        data.setup()
+        if keep is not None:
+            data.test_data = data.test_data.subsample(keep)
+            data._is_setup = True
+        values.append(scores(ResAD(checkpoint=trained, visualizer=False), data, tmp_path))
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(values[2], values[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(values[3], values[0][[1, 3]], rtol=0, atol=1e-6)
+
+
+def test_names_order_and_copies_of_references_change_nothing(trained: Path, products: Path, tmp_path: Path) -> None:
+    photos = sorted((products / "tiles" / "train" / "good").glob("*.png"))[:3]
+    for index, photo in enumerate(photos):
+        for folder, name in (("a", f"{index}.png"), ("b", f"{9 - index}.png"), ("c", f"{index}.png")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shutil.copy(photo, tmp_path / folder / name)
+    shutil.copy(photos[1], tmp_path / "c" / "copy.png")
+    values = []
+    for folder, k_shot in (("a", 3), ("b", 3), ("c", 4)):
+        model = ResAD(checkpoint=trained, references=tmp_path / folder, k_shot=k_shot, visualizer=False)
+        values.append(scores(model, product(products, "tiles"), tmp_path / "results"))
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[0], values[2])
+
+
+def test_bank_of_a_folder_survives_a_test(trained: Path, products: Path, tmp_path: Path) -> None:
+    """A bank that the user chose is not replaced by a draw; a bank of another category is."""
+    folder = products / "tiles" / "train" / "good"
+    engine = quiet_engine(tmp_path)
+    engine.fit(
+        ResAD(checkpoint=trained, references=folder, k_shot=2, visualizer=False), datamodule=product(products, "tiles")
+    )
+    for category, origin in (("tiles", "folder"), ("pill", "train split")):
+        model = ResAD(pre_trained=False, backbone="resnet18", visualizer=False, k_shot=2)
+        quiet_engine(tmp_path).test(
+            model, datamodule=product(products, category), ckpt_path=engine.best_model_path, verbose=False
+        )
+        assert model.model.bank.record["origin"] == origin
+        assert model.model.bank.record["category"] == f"products/{category}"
+
+
+def test_one_category_trains_on_synthetic_defects(products: Path, tmp_path: Path) -> None:
+    model = ResAD(**TINY, visualizer=False)
+    masks: list[bool] = []
+    original = model._mask_of
+    model._mask_of = lambda batch: (masks.append(bool(batch.gt_mask.any())), original(batch))[1]
+    data = product(products, "tiles", val_split_mode="synthetic")
+    results = quiet_engine(tmp_path, max_epochs=3).train(model, datamodule=data)
+    assert any(masks)
+    assert 0 <= results[0]["image_AUROC"] <= 1
+    assert model.post_processor.has_statistics
+
+
+def test_distance_needs_no_training(products: Path, tmp_path: Path) -> None:
+    model = ResAD(**TINY, estimator="distance", match="cosine", visualizer=False)
+    data = product(products, "tiles")
+    values = scores(model, data, tmp_path)
+    model.eval()
+    with torch.no_grad():
+        photo = read_photo(min(data.test_data.samples.image_path))[None]
+        features = model.model.backbone(model.pre_processor.transform(photo))
+        expected = sum(
+            torch.nn.functional.interpolate(
+                (1 - torch.cosine_similarity(x, m))[:, None], size=(64, 64), mode="bilinear", align_corners=False
+            )
+            for x, m in zip(features, model.model.bank(features), strict=True)
+        )
+        expected = model.model.anomaly_map.blur(expected).max()
+    torch.testing.assert_close(values[0], 0.5 + expected / (2 * (1 + expected)))
+
+
+def test_bad_checkpoints(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(trained.read_bytes()[:50_000])
+    with pytest.raises(ValueError, match="damaged"):
+        ResAD(checkpoint=tmp_path / "cut.ckpt")
+    torch.save({"state_dict": Exploit(tmp_path / "pwned")}, tmp_path / "unsafe.ckpt")
+    with pytest.raises(ValueError, match="run code"):
+        ResAD(checkpoint=tmp_path / "unsafe.ckpt")
+    assert not (tmp_path / "pwned").exists()
+    torch.save({"state_dict": {}, "hyper_parameters": {"backbone": "resnet18"}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="no ResAD checkpoint"):
+        ResAD(checkpoint=tmp_path / "other.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
+        ResAD(checkpoint=tmp_path / "none.ckpt")
+    content = torch.load(trained, weights_only=True)
+    content["state_dict"]["model.constraintors.0.conv.weight"][0] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    with pytest.raises(ValueError, match="training diverged"):
+        ResAD(checkpoint=tmp_path / "nan.ckpt")
+    for argument in ("residual", "estimator", "match"):
+        with pytest.raises(ValueError, match=f"{argument}='x'"):
+            ResAD(**TINY | {argument: "x"})
+
+
+def test_defective_images_without_masks_are_no_training_data() -> None:
+    images = torch.zeros(2, 3, 8, 8)
+    assert not ResAD._mask_of(ImageBatch(image=images, gt_label=torch.tensor([False, False]))).any()
+    with pytest.raises(ValueError, match="has no mask"):
+        ResAD._mask_of(ImageBatch(image=images, gt_label=torch.tensor([False, True])))
