@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The commands of the README, word by word, in a subprocess, on tiny data in the real layouts."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.products import make_product
+
+ROOT = Path(__file__).resolve().parents[1]
+ANOMALIB = Path(sys.executable).with_name("anomalib")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+            for line in block.strip().splitlines()]  # fmt: skip
+# What makes the README's commands small: an untrained ResNet-18, one epoch, no worker processes.
+SMALL_MODEL = [
+    "--model.backbone",
+    "resnet18",
+    "--model.pre_trained",
+    "false",
+    "--model.k_shot",
+    "2",
+    "--model.image_size",
+    "[64,64]",
+]
+SMALL_MODEL += ["--model.coupling_layers", "1", "--model.position_channels", "8"]
+SMALL_TRAINER = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
+
+
+def run(command: str, cwd: Path, *extra: str) -> str:
+    words = shlex.split(command)
+    assert words[0] == "anomalib"
+    result = subprocess.run(
+        [str(ANOMALIB), *words[1:], *extra],
+        cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, f"{command}\n{output[-4000:]}"
+    return output
+
+
+def one(*words: str) -> str:
+    """The README's only command with these words."""
+    (command,) = [command for command in COMMANDS if all(word in command for word in words)]
+    return command
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny trees in the real layouts of VisA and MVTecAD, photos, and the README's configs."""
+    folder = tmp_path_factory.mktemp("workplace")
+    counts = {"train": 4, "good": 2, "defective": 1, "size": 64}
+    config = yaml.safe_load((ROOT / "configs" / "visa_to_mvtecad.yaml").read_text())
+    visa = folder / "datasets" / "visa" / "visa_pytorch"
+    for category in config["data"]["init_args"]["source"]["init_args"]["category"].split(", "):
+        drawn = make_product(folder / "drawn", "pill", **counts)
+        shutil.copytree(drawn / "train", visa / category / "train")
+        shutil.copytree(drawn / "test" / "good", visa / category / "test" / "good")
+        shutil.copytree(drawn / "test" / "spot", visa / category / "test" / "bad")
+        shutil.copytree(drawn / "ground_truth" / "spot", visa / category / "ground_truth" / "bad")
+        for mask in (visa / category / "ground_truth" / "bad").iterdir():
+            mask.rename(mask.with_name(mask.name.replace("_mask", "")))
+    for category, product in (("bottle", "washer"), ("cable", "weave")):
+        make_product(folder / "drawn", product, **counts | {"train": 8})
+        shutil.copytree(folder / "drawn" / product, folder / "datasets" / "MVTecAD" / category)
+    for product in ("grain", "pill", "tiles"):
+        make_product(folder / "datasets" / "products", product, **counts)
+    shutil.copytree(folder / "drawn" / "weave" / "train" / "good", folder / "photos" / "good")
+    shutil.copytree(folder / "drawn" / "weave" / "test" / "spot", folder / "photos" / "new")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(workplace: Path) -> Path:
+    output = run(one("train --config"), workplace, *SMALL_MODEL, *SMALL_TRAINER, "--data.num_workers", "0")
+    assert "Source: 12 categories, 72 good and 12 defective images" in " ".join(output.split())
+    checkpoint = workplace / "results/ResAD/CrossCategory/bottle/latest/weights/lightning/model.ckpt"
+    assert checkpoint.is_file()
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def enrolled(source: Path, workplace: Path) -> Path:
+    assert source.is_file()
+    output = run(one("train --model ResAD", "--data.category cable"), workplace, "--data.num_workers", "0")
+    assert "Enrolled 4 of 8 good photos of the train split of MVTecAD/cable (seed 0):" in output
+    assert "image_AUROC" in output
+    return workplace / "results/ResAD/MVTecAD/cable/latest/weights/lightning/model.ckpt"
+
+
+def test_data_part_of_the_config_is_short() -> None:
+    """VisA's twelve categories against MVTecAD's bottle in under 15 lines."""
+    text = (ROOT / "configs" / "visa_to_mvtecad.yaml").read_text()
+    data = text[text.index("data:") : text.index("trainer:")]
+    assert len(data.splitlines()) < 15
+    assert len(yaml.safe_load(data)["data"]["init_args"]["source"]["init_args"]["category"].split(",")) == 12
+
+
+def test_train_own_products(workplace: Path) -> None:
+    run(one("fit --config"), workplace, *SMALL_MODEL[2:], *SMALL_TRAINER, "--data.num_workers", "0")
+    assert list(workplace.glob("results/ResAD/CrossCategory/**/model.ckpt"))
+
+
+def test_predict_with_references(source: Path, workplace: Path) -> None:
+    assert source.is_file()
+    output = run(one("predict", "--model.references"), workplace)
+    assert "Enrolled 4 of 8 good photos of photos/good (seed 0)" in output
+    assert list((workplace / "results/ResAD/latest/images").rglob("*.png"))
+
+
+def test_test_and_predict_with_a_checkpoint(enrolled: Path, workplace: Path) -> None:
+    assert enrolled.is_file()
+    output = run(one("anomalib test"), workplace, "--data.num_workers", "0")
+    assert "pixel_AUROC" in output
+    assert "Enrolled" not in output, "the checkpoint's bank is kept"
+    run(one("predict", "--ckpt_path"), workplace)
+
+
+@pytest.mark.parametrize(("kind", "file"), [("torch", "torch/model.pt"), ("openvino", "openvino/model.bin")])
+def test_export(enrolled: Path, workplace: Path, kind: str, file: str) -> None:
+    assert enrolled.is_file()
+    run(one(f"--export_type {kind}"), workplace, "--export_root", kind)
+    assert (workplace / kind / "weights" / file).stat().st_size > 1_000_000
+
+
+def test_class_path_and_single_category(workplace: Path) -> None:
+    """One category with synthetic defects, the model by its class path."""
+    output = run(
+        "anomalib train --model anomalib_resad.ResAD --data MVTecAD --data.category cable",
+        workplace,
+        *SMALL_MODEL, *SMALL_TRAINER, "--data.num_workers", "0", "--data.val_split_mode", "synthetic",
+    )  # fmt: skip
+    assert "synthetic ones (Perlin noise) stand in" in " ".join(output.split())
+
+
+def test_benchmark(source: Path, workplace: Path) -> None:
+    config = {
+        "accelerator": "cpu",
+        "benchmark": {
+            "seed": 1,
+            "model": {"class_path": "ResAD", "init_args": {"checkpoint": str(source), "visualizer": False}},
+            "data": {"class_path": "MVTecAD", "init_args": {"category": "cable", "num_workers": 0}},
+        },
+    }
+    (workplace / "benchmark.yaml").write_text(yaml.safe_dump(config))
+    run("anomalib benchmark --config benchmark.yaml", workplace)
+    (results,) = (workplace / "runs" / "benchmark").rglob("results.csv")
+    assert "image_AUROC" in results.read_text()
+
+
+def test_demo(workplace: Path) -> None:
+    """The demo on a folder of products, and its refusal of an unknown target."""
+    arguments = ["--data", "datasets/products", "--epochs", "1", "--output", "demo", "--patchcore", "true"]
+    command = [sys.executable, "-m", "benchmarks.demo", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    options = {"cwd": workplace, "env": environment, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    result = subprocess.run(command, check=False, timeout=600, **options)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "UNTRAINED" in result.stdout
+    for method in ("ResAD", "nearest neighbor", "Patchcore"):
+        assert method in result.stdout
+    lines = (workplace / "demo" / "results.csv").read_text().splitlines()
+    assert len(lines) == 4
+    assert (workplace / "demo" / "gallery.png").stat().st_size > 10_000
+    refused = subprocess.run([*command, "--target", "nothing"], check=False, timeout=600, **options)
+    assert refused.returncode != 0
+    assert "'grain', 'pill', 'tiles'" in refused.stderr
+
+
+def test_every_readme_command_is_run_here() -> None:
+    assert len(COMMANDS) == 8, "a command was added to the README: run it above"
