@@ -157,8 +157,11 @@ class FewShotReferences(Callback):
             photos, origin = list_photos(self.references), str(self.references)
         else:
             data = getattr(datamodule, "reference_data", getattr(datamodule, "train_data", None))
-            if data is None:
-                return  # nothing to draw from; an empty bank says so when it is used
+            if data is None:  # nothing to draw from; an empty bank says so when it is used
+                if not bank.is_empty:
+                    names = ", ".join(file["name"] for file in bank.record.get("files", []))
+                    rank_zero_info(f"Using the references of {bank.record.get('category')} in the checkpoint: {names}")
+                return
             chosen_before = bank.record.get("origin") == "folder" and bank.record.get("category") in (None, category)
             if chosen_before:
                 rank_zero_info(f"Keeping the {len(bank.record['files'])} references of the checkpoint (from a folder).")

@@ -9,6 +9,8 @@ from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from anomalib_resad.photos import check_photos
+
 LAYOUT = "<category>/train/good, <category>/test/good, <category>/test/<defect>, <category>/ground_truth/<defect>"
 
 
@@ -123,6 +125,7 @@ class ProductFolder(AnomalibDataModule):
 
     def _setup(self, _stage: str | None = None) -> None:
         samples = product_samples(self.root / self.category)
+        check_photos(samples.image_path, f"images of {self.category}")
         defective = samples[samples.label_index == LabelName.ABNORMAL]
         task = "segmentation" if (defective.mask_path != "").all() else "classification"
         for split, attribute in ((Split.TRAIN, "train_data"), (Split.TEST, "test_data")):

@@ -4,38 +4,27 @@
 
 Without ``--data`` the products are drawn (:mod:`benchmarks.products`). Everything runs through anomalib's engine. The
 table compares, on the same reference photos and on raw scores: ResAD, the plain nearest-neighbor distance of the same
-features, and, with ``--patchcore``, anomalib's Patchcore on the same backbone.
+features, and, with ``--patchcore true``, anomalib's Patchcore on the same backbone.
 """
 
-import csv
-import json
 import logging
 import os
+import re
 import socket
 import time
 import warnings
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import huggingface_hub.constants
-import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
-from anomalib.engine import Engine
-from anomalib.models import AnomalibModule, Patchcore
 from jsonargparse import auto_cli
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
-from rich.table import Table
-from sklearn.metrics import roc_auc_score
-from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.backbone import FeaturePyramid
+from benchmarks.compare import auroc, compare, engine, print_table, write_results
 from benchmarks.gallery import draw_gallery
 from benchmarks.products import PRODUCTS, make_product
 
@@ -50,6 +39,16 @@ QUICK: dict[str, Any] = {
     "flow_batch_size": 2048,
     "flow_steps": 1,
 }
+
+
+def quiet_lightning() -> None:
+    """Leave the messages out that say nothing about the demo."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("anomalib").setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.callbacks").setLevel(logging.ERROR)
+    noise = re.compile(r"GPU|TPU|Tip:|`Trainer|ckpt_path is not provided|callbacks returned in")
+    for name in ("lightning_fabric.utilities.rank_zero", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not noise.search(record.getMessage()))
 
 
 def drawn_products(root: Path, seed: int) -> Path:
@@ -79,91 +78,19 @@ def backbone_arguments(backbone: str, weights: Path | None) -> tuple[dict[str, A
     return {"backbone": backbone, "pre_trained": True}, "timm pretrained"
 
 
-def engine(output: Path, epochs: int | None = None) -> Engine:
-    """An engine with a progress bar and no loggers."""
-    limits: dict[str, Any] = {"max_epochs": epochs} if epochs else {}
-    return Engine(default_root_dir=output, callbacks=[RichProgressBar()], enable_model_summary=False, **limits)
+def split_products(root: Path, target: str | None) -> tuple[str, list[str]]:
+    """The target, by default the last product, and the products to train on.
 
-
-def predict(model: AnomalibModule, data: AnomalibDataModule, output: Path) -> list[ImageBatch]:
-    """Raw predictions of the target's test images; ResAD enrolls the references first."""
-    predictions: Any = engine(output).predict(model=model, datamodule=data, return_predictions=True)
-    return list(predictions)
-
-
-def auroc(predictions: list[ImageBatch]) -> dict[str, float | None]:
-    """Image and pixel AUROC of raw scores.
-
-    Not by torchmetrics, batch by batch: it passes those batches through a sigmoid that have a score beyond 0..1.
+    Raises:
+        ValueError: If the target is not there, or nothing else.
     """
-    scores = torch.cat([torch.as_tensor(batch.pred_score) for batch in predictions])
-    labels = torch.cat([torch.as_tensor(batch.gt_label) for batch in predictions])
-    pixel = None
-    if all(batch.gt_mask is not None for batch in predictions):
-        maps = torch.cat([torch.as_tensor(batch.anomaly_map).flatten() for batch in predictions])
-        masks = torch.cat([torch.as_tensor(batch.gt_mask).flatten() for batch in predictions])
-        pixel = float(roc_auc_score(masks, maps))
-    return {"image_AUROC": float(roc_auc_score(labels, scores)), "pixel_AUROC": pixel}
-
-
-def predict_patchcore(resad: ResAD, data: ProductFolder, output: Path) -> list[ImageBatch]:
-    """Raw predictions of anomalib's Patchcore, fitted on ResAD's references, with ResAD's backbone weights."""
-    pyramid = resad.model.backbone
-    size = resad.hparams["image_size"]
-    model = Patchcore(
-        backbone=pyramid.name,
-        pre_trained=False,
-        coreset_sampling_ratio=0.1,
-        pre_processor=Patchcore.configure_pre_processor(size),
-        post_processor=False,
-        evaluator=False,
-        visualizer=False,
-    )
-    extractor: Any = model.model.feature_extractor
-    state = {key.removeprefix("model."): value for key, value in pyramid.net.state_dict().items()}
-    extractor.feature_extractor.load_state_dict(state)
-    names = [file["name"] for file in resad.model.bank.record["files"]]
-    data.setup()
-    train = data.train_data.samples
-    chosen = data.train_data.subsample(
-        [index for index, path in enumerate(train.image_path) if Path(path).name in names]
-    )
-    chosen.augmentations = Resize(size, antialias=True)
-    loader = DataLoader(chosen, batch_size=len(chosen), collate_fn=chosen.collate_fn)
-    run = engine(output)
-    run.fit(model=model, train_dataloaders=loader)
-    return predict(model, data, output)
-
-
-def summarize(rows: list[dict[str, Any]], title: str) -> None:
-    """Print mean and spread over the draws."""
-    table = Table(title=title)
-    for column in ("method", "image AUROC %", "pixel AUROC %"):
-        table.add_column(column)
-    for method in dict.fromkeys(row["method"] for row in rows):
-        cells = []
-        for key in ("image_AUROC", "pixel_AUROC"):
-            values = [100 * row[key] for row in rows if row["method"] == method and row.get(key) is not None]
-            spread = f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{mean(values):.1f}{spread}" if values else "no masks")
-        table.add_row(method, *cells)
-    console.print(table)
-
-
-def write_results(output: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write ``results.csv`` (one line per method and draw) and ``settings.json``, each whole or not at all."""
-    fields = ["method", "target", "k_shot", "draw", "image_AUROC", "pixel_AUROC", "references"]
-    temporary = output / "results.csv.part"
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(output / "results.csv")
-    packages = ("anomalib", "torch", "timm", "FrEIA", "anomalib-resad")
-    settings = settings | {"versions": {name: version(name) for name in packages}, "device": "cpu"}
-    temporary = output / "settings.json.part"
-    temporary.write_text(json.dumps(settings, indent=2) + "\n")
-    temporary.replace(output / "settings.json")
+    products = sorted(path.name for path in root.iterdir() if (path / "train" / "good").is_dir())
+    target = target or (products[-1] if products else "")
+    others = [product for product in products if product != target]
+    if target not in products or not others:
+        msg = f"target '{target}' and at least one other product must be in {root}, which holds {products}."
+        raise ValueError(msg)
+    return target, others
 
 
 def train(source: CrossCategory, arguments: dict[str, Any], epochs: int, output: Path) -> Path:
@@ -208,20 +135,11 @@ def main(
         patchcore: Test anomalib's Patchcore too.
         output: Folder for data, checkpoint, table and gallery.
     """
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "anomalib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if not weights or not str(weights).strip():
-        weights = None
+    quiet_lightning()
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     root = data or drawn_products(output / "products", seed)
-    products = sorted(path.name for path in root.iterdir() if (path / "train" / "good").is_dir())
-    target = target or products[-1]
-    others = [product for product in products if product != target]
-    if target not in products or not others:
-        msg = f"target '{target}' and at least one other product must be in {root}, which holds {products}."
-        raise ValueError(msg)
+    target, others = split_products(root, target)
     seed_everything(seed)
     workers = min(2, os.cpu_count() or 1)
     settings, weights_name = backbone_arguments(backbone, weights)
@@ -235,34 +153,16 @@ def main(
     minutes = (time.perf_counter() - start) / 60
 
     rows: list[dict[str, Any]] = []
+    target_data = partial(ProductFolder, root, target, eval_batch_size=8, num_workers=workers)
     for draw in range(seed, seed + draws):
-        target_data = partial(ProductFolder, root, target, eval_batch_size=8, num_workers=workers)
-        resad, neighbor = (
-            ResAD(
-                checkpoint=checkpoint,
-                estimator=estimator,
-                k_shot=k_shot,
-                reference_seed=draw,
-                post_processor=False,
-                evaluator=False,
-                visualizer=False,
-            )
-            for estimator in ("flow", "distance")
-        )
-        predictions = {
-            "ResAD": predict(resad, target_data(), output),
-            "nearest neighbor": predict(neighbor, target_data(), output),
-        }
-        if patchcore:
-            predictions["Patchcore"] = predict_patchcore(resad, target_data(), output)
-        names = " ".join(file["name"] for file in resad.model.bank.record["files"])
-        row = {"target": target, "k_shot": k_shot, "draw": draw, "references": names}
+        predictions, names = compare(checkpoint, k_shot, draw, target_data, output, patchcore=patchcore)
+        row = {"target": target, "k_shot": k_shot, "draw": draw, "references": " ".join(names)}
         rows += [row | {"method": method} | auroc(batches) for method, batches in predictions.items()]
         if draw == seed:
             draw_gallery(predictions, output / "gallery.png")
     settings |= {"weights": weights_name, "source": others, "target": target, "epochs": epochs, "seed": seed}
     write_results(output, rows, settings | {"image_size": [224, 224], "draws": draws, "training_minutes": minutes})
-    summarize(rows, f"{target}, {k_shot}-shot, {draws} draw(s), {backbone} ({weights_name}), 224 px")
+    print_table(rows, f"{target}, {k_shot}-shot, {draws} draw(s), {backbone} ({weights_name}), 224 px", console)
     console.print(
         f"Training took {minutes:.1f} min. Gallery: {output / 'gallery.png'}; figures: {output / 'results.csv'}; "
         f"checkpoint: {checkpoint}"

@@ -78,8 +78,11 @@ def test_overlap_is_refused(products: Path, tmp_path: Path) -> None:
 def test_unreadable_images_are_named_before_training(products: Path, tmp_path: Path) -> None:
     shutil.copytree(products, tmp_path / "products")
     (tmp_path / "products" / "grain" / "train" / "good" / "001.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"1 of the source images cannot be used.*good/001\.png: unreadable"):
+    with pytest.raises(ValueError, match=r"1 of the images of grain cannot be used.*good/001\.png: unreadable"):
         cross_category(tmp_path / "products").setup()
+    (tmp_path / "products" / "tiles" / "test" / "good" / "000.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"images of tiles cannot be used"):
+        cross_category(tmp_path / "products", source="pill").setup()
 
 
 def test_bad_folders(products: Path, tmp_path: Path) -> None:
