@@ -150,6 +150,9 @@ class ResAD(AnomalibModule):
         if not isinstance(state, dict) or missing:
             msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
             raise ValueError(msg)
+        if self.hparams["estimator"] == "flow" and not any(key.startswith("model.flows.") for key in state):
+            msg = f"{path} was never trained (estimator '{settings.get('estimator')}'): pass estimator='distance' too."
+            raise ValueError(msg)
         wanted = {key: self.hparams[key] for key in ARCHITECTURE}
         self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
         self._adopt(settings)
@@ -176,6 +179,11 @@ class ResAD(AnomalibModule):
         """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
         self.hparams.update({key: settings[key] for key in ARCHITECTURE if key in settings})
         self.model = self._build()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
@@ -228,6 +236,16 @@ class ResAD(AnomalibModule):
         if not self.is_trainable:
             arguments.update({"max_epochs": 1, "limit_train_batches": 1})
         return arguments
+
+    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
+        """Export to OpenVINO as anomalib does, and say how to run it."""
+        path = super().to_openvino(*args, **kwargs)
+        logger.warning(
+            "Run %s in float32: OpenVINOInferencer(path, config={'INFERENCE_PRECISION_HINT': 'f32'}). Where OpenVINO "
+            "chooses bfloat16 by itself (CPUs with AMX or AVX512-BF16), its maps are of no use.",
+            path,
+        )
+        return path
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -179,6 +179,8 @@ def test_bank_of_a_folder_survives_a_test(trained: Path, products: Path, tmp_pat
     engine.fit(
         ResAD(checkpoint=trained, references=folder, k_shot=2, visualizer=False), datamodule=product(products, "tiles")
     )
+    restored = ResAD.load_from_checkpoint(engine.best_model_path)
+    assert restored.hparams["references"] is None, "the folder may be gone by then"
     for category, origin in (("tiles", "folder"), ("pill", "train split")):
         model = ResAD(pre_trained=False, backbone="resnet18", visualizer=False, k_shot=2)
         quiet_engine(tmp_path).test(
@@ -216,6 +218,14 @@ def test_distance_needs_no_training(products: Path, tmp_path: Path) -> None:
         )
         expected = model.model.anomaly_map.blur(expected).max()
     torch.testing.assert_close(values[0], 0.5 + expected / (2 * (1 + expected)))
+
+
+def test_checkpoint_that_was_never_trained(products: Path, tmp_path: Path) -> None:
+    engine = quiet_engine(tmp_path)
+    engine.fit(ResAD(**TINY, estimator="distance", visualizer=False), datamodule=product(products, "tiles"))
+    assert not ResAD(checkpoint=engine.best_model_path, estimator="distance").model.bank.is_empty
+    with pytest.raises(ValueError, match="never trained"):
+        ResAD(checkpoint=engine.best_model_path)
 
 
 def test_bad_checkpoints(trained: Path, tmp_path: Path) -> None:
