@@ -96,6 +96,10 @@ class ReferencePools:
         return draw(others, k_shot, seeded(*keys))
 
 
+def _names(record: dict[str, Any]) -> str:
+    return ", ".join(file["name"] for file in record.get("files", []))
+
+
 class FewShotReferences(Callback):
     """Give the model its references.
 
@@ -146,6 +150,9 @@ class FewShotReferences(Callback):
     def enroll(self, trainer: Trainer, pl_module: "ResAD") -> None:
         """Fill the bank, unless it already holds these photos.
 
+        A restored bank (``--ckpt_path``) is kept for its own category, however few or many photos it was made of. The
+        folder ``references``, or another category, replaces it.
+
         Raises:
             ValueError: If there are too few photos, or unusable ones.
             FileNotFoundError: If the folder is missing.
@@ -153,23 +160,19 @@ class FewShotReferences(Callback):
         bank = pl_module.model.bank
         datamodule = getattr(trainer, "datamodule", None)
         category = self._target_category(datamodule)
+        data = getattr(datamodule, "reference_data", getattr(datamodule, "train_data", None))
         if self.references is not None:
-            photos, origin = list_photos(self.references), str(self.references)
+            photos, where = list_photos(self.references), str(self.references)
+        elif data is None or (pl_module.keeps_bank and bank.record.get("category") in (None, category)):
+            # An empty bank says so when it is used: without a target, training does not need one.
+            if not bank.is_empty:
+                rank_zero_info(f"Using the references of the checkpoint: {_names(bank.record)}")
+            return
         else:
-            data = getattr(datamodule, "reference_data", getattr(datamodule, "train_data", None))
-            if data is None:  # nothing to draw from; an empty bank says so when it is used
-                if not bank.is_empty:
-                    names = ", ".join(file["name"] for file in bank.record.get("files", []))
-                    rank_zero_info(f"Using the references of {bank.record.get('category')} in the checkpoint: {names}")
-                return
-            chosen_before = bank.record.get("origin") == "folder" and bank.record.get("category") in (None, category)
-            if chosen_before:
-                rank_zero_info(f"Keeping the {len(bank.record['files'])} references of the checkpoint (from a folder).")
-                return
             samples = data.samples
             photos = samples.image_path[samples.label_index == LabelName.NORMAL].tolist()
-            origin = f"the train split of {category}"
-        chosen = draw_references(photos, self.k_shot, self.seed, origin)
+            where = f"the train split of {category}"
+        chosen = draw_references(photos, self.k_shot, self.seed, where)
         record: dict[str, Any] = {
             "category": category,
             "origin": "train split" if self.references is None else "folder",
@@ -177,12 +180,11 @@ class FewShotReferences(Callback):
             "seed": self.seed,
             "files": [{"name": Path(path).name, "sha256": content_hash(path)} for path in chosen],
         }
-        if record == bank.record:
-            return
-        features = [self._features(pl_module, path) for path in chosen]
-        bank.fill([torch.cat(level) for level in zip(*features, strict=True)], record)
-        names = ", ".join(Path(path).name for path in chosen)
-        rank_zero_info(f"Enrolled {len(chosen)} of {len(photos)} good photos of {origin} (seed {self.seed}): {names}")
+        if record != bank.record:
+            features = [self._features(pl_module, path) for path in chosen]
+            bank.fill([torch.cat(level) for level in zip(*features, strict=True)], record)
+            count = f"{len(chosen)} of {len(photos)} good photos of {where}"
+            rank_zero_info(f"Enrolled {count} (seed {self.seed}): {_names(record)}")
 
     @staticmethod
     def _target_category(datamodule: Any) -> str | None:  # noqa: ANN401

@@ -125,7 +125,9 @@ class ResAD(AnomalibModule):
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
+        # References of each image of the current batch, set by FewShotReferences; None where the bank is used.
         self.batch_references: list[list[Tensor]] | None = None
+        self.keeps_bank = False
 
     def _build(self) -> ResADModel:
         """Make the torch model that the hyperparameters describe."""
@@ -188,6 +190,7 @@ class ResAD(AnomalibModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
         super().on_load_checkpoint(checkpoint)
+        self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
         settings = checkpoint.get("hyper_parameters", {})
         other = {
             key: settings[key] for key in ARCHITECTURE if key in settings and settings[key] != self.hparams.get(key)

@@ -127,6 +127,17 @@ def mean_and_spread(rows: list[dict[str, Any]], method: str, key: str) -> str:
     return f"{mean(values):.1f}{spread}" if values else "no masks"
 
 
+def markdown_table(path: Path) -> str:
+    """The table of a ``results.csv``, as it stands in the README."""
+    with path.open(newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    lines = ["| method | image AUROC | pixel AUROC |", "|---|---|---|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [mean_and_spread(rows, method, key) for key in ("image_AUROC", "pixel_AUROC")]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def print_table(rows: list[dict[str, Any]], title: str, console: Console) -> None:
     """Print one line per method."""
     table = Table("method", "image AUROC %", "pixel AUROC %", title=title)

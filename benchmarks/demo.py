@@ -35,7 +35,6 @@ LAYERS = ("layer1", "layer2", "layer3")
 QUICK: dict[str, Any] = {
     "coupling_layers": 4,
     "position_channels": 64,
-    "lr": 5e-4,
     "flow_batch_size": 2048,
     "flow_steps": 1,
 }
@@ -115,6 +114,7 @@ def main(
     seed: int = 0,
     match: str = "l2",
     residual: str = "difference",
+    lr: float = 5e-4,
     patchcore: bool = False,
     output: Path = Path("demo"),
 ) -> None:
@@ -132,6 +132,7 @@ def main(
         seed: Seed of the training, and of the first draw.
         match: Nearest reference by l2 or cosine.
         residual: difference or squared.
+        lr: Learning rate.
         patchcore: Test anomalib's Patchcore too.
         output: Folder for data, checkpoint, table and gallery.
     """
@@ -143,14 +144,14 @@ def main(
     seed_everything(seed)
     workers = min(2, os.cpu_count() or 1)
     settings, weights_name = backbone_arguments(backbone, weights)
-    settings |= QUICK | {"k_shot": k_shot, "match": match, "residual": residual}
+    settings |= QUICK | {"k_shot": k_shot, "match": match, "residual": residual, "lr": lr}
     if checkpoint is None:
         source = CrossCategory(
             ProductFolder(root, ", ".join(others)), None, train_batch_size=8, eval_batch_size=8, num_workers=workers
         )
         console.print(f"Training on {', '.join(others)} for {epochs} epochs; {target} is held out.")
         checkpoint = train(source, settings, epochs, output)
-    minutes = (time.perf_counter() - start) / 60
+        settings["training_minutes"] = round((time.perf_counter() - start) / 60, 1)
 
     rows: list[dict[str, Any]] = []
     target_data = partial(ProductFolder, root, target, eval_batch_size=8, num_workers=workers)
@@ -161,12 +162,9 @@ def main(
         if draw == seed:
             draw_gallery(predictions, output / "gallery.png")
     settings |= {"weights": weights_name, "source": others, "target": target, "epochs": epochs, "seed": seed}
-    write_results(output, rows, settings | {"image_size": [224, 224], "draws": draws, "training_minutes": minutes})
+    write_results(output, rows, settings | {"image_size": [224, 224], "draws": draws})
     print_table(rows, f"{target}, {k_shot}-shot, {draws} draw(s), {backbone} ({weights_name}), 224 px", console)
-    console.print(
-        f"Training took {minutes:.1f} min. Gallery: {output / 'gallery.png'}; figures: {output / 'results.csv'}; "
-        f"checkpoint: {checkpoint}"
-    )
+    console.print(f"Gallery: {output / 'gallery.png'}; figures: {output / 'results.csv'}; checkpoint: {checkpoint}")
 
 
 if __name__ == "__main__":

@@ -172,8 +172,8 @@ def test_names_order_and_copies_of_references_change_nothing(trained: Path, prod
     assert torch.equal(values[0], values[2])
 
 
-def test_bank_of_a_folder_survives_a_test(trained: Path, products: Path, tmp_path: Path) -> None:
-    """A bank that the user chose is not replaced by a draw; a bank of another category is."""
+def test_a_restored_bank_survives_a_test(trained: Path, products: Path, tmp_path: Path) -> None:
+    """It is not replaced by a draw, with the default number of shots, say; a bank of another category is."""
     folder = products / "tiles" / "train" / "good"
     engine = quiet_engine(tmp_path)
     engine.fit(
@@ -182,7 +182,7 @@ def test_bank_of_a_folder_survives_a_test(trained: Path, products: Path, tmp_pat
     restored = ResAD.load_from_checkpoint(engine.best_model_path)
     assert restored.hparams["references"] is None, "the folder may be gone by then"
     for category, origin in (("tiles", "folder"), ("pill", "train split")):
-        model = ResAD(pre_trained=False, backbone="resnet18", visualizer=False, k_shot=2)
+        model = ResAD(pre_trained=False, backbone="resnet18", visualizer=False, k_shot=4)
         quiet_engine(tmp_path).test(
             model, datamodule=product(products, category), ckpt_path=engine.best_model_path, verbose=False
         )
