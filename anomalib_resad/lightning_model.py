@@ -29,18 +29,14 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_resad.callback import FewShotReferences
+from anomalib_resad.checkpoint import ARCHITECTURE, read_trained
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
 from anomalib_resad.reference_bank import Metric
-from anomalib_resad.safe_load import load_weights_only
 from anomalib_resad.synthetic import SyntheticDefects
 from anomalib_resad.torch_model import Estimator, ResADModel, Residual
 
 logger = logging.getLogger(__name__)
-
-# What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
-ARCHITECTURE = ("backbone", "layers", "match", "residual", "coupling_layers", "position_channels", "sigma")
-TRAINED_PARTS = ("constraintors", "flows")
 
 
 def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
@@ -143,36 +139,21 @@ class ResAD(AnomalibModule):
         """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
 
         Raises:
-            ValueError: If the file is damaged, unsafe, no ResAD, or of a training that diverged.
+            ValueError: If the checkpoint cannot be used.
             FileNotFoundError: If there is no such file.
         """
-        content = load_weights_only(path, what="trained ResAD")
-        state, settings = content.get("state_dict"), content.get("hyper_parameters", {})
-        missing = [key for key in ARCHITECTURE if key not in settings]
-        if not isinstance(state, dict) or missing:
-            msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
-            raise ValueError(msg)
-        if self.hparams["estimator"] == "flow" and not any(key.startswith("model.flows.") for key in state):
-            msg = f"{path} was never trained (estimator '{settings.get('estimator')}'): pass estimator='distance' too."
-            raise ValueError(msg)
-        wanted = {key: self.hparams[key] for key in ARCHITECTURE}
-        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
-        self._adopt(settings)
-        transform = content.get("anomalib_pre_processor_config")
-        if transform and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.load_checkpoint_config(transform)
-        taken = {key: self.hparams[key] for key in ARCHITECTURE if self.hparams[key] != wanted[key]}
+        trained = read_trained(path, self.hparams["estimator"])
+        taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
         if taken:
             logger.info("Settings taken from %s: %s.", path, taken)
-        broken = [key for key, value in state.items() if key.startswith("model.") and _has_nan(key, value)]
-        if broken:
-            msg = f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training diverged."
-            raise ValueError(msg)
-        needless = TRAINED_PARTS if self.hparams["estimator"] == "distance" else ()
+        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
+        self._adopt(trained.settings)
+        if trained.pre_processor and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.load_checkpoint_config(trained.pre_processor)
         try:
-            self.model.load_state_dict(_part(state, "model.", needless))
+            self.model.load_state_dict(trained.model)
             if isinstance(self.post_processor, RankKeepingPostProcessor):
-                self.post_processor.load_state_dict(_part(state, "post_processor."), strict=False)
+                self.post_processor.load_state_dict(trained.post_processor, strict=False)
         except RuntimeError as error:
             msg = f"{path} does not fit this version of ResAD: {error}"
             raise ValueError(msg) from error
@@ -338,14 +319,3 @@ class ResAD(AnomalibModule):
             matched = self.model.match_each(features, self.batch_references)
             predictions = self.model.score(features, matched, batch.image.shape[-2:])
         return batch.update(**predictions._asdict())
-
-
-def _part(state: dict[str, Any], prefix: str, needless: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The entries of a state dict below ``prefix``, without the prefix."""
-    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return {key: value for key, value in part.items() if not key.startswith(needless)}
-
-
-def _has_nan(key: str, value: Any) -> bool:  # noqa: ANN401
-    """Whether a weight is not finite; the ceilings of an untrained level are NaN by design."""
-    return isinstance(value, Tensor) and "ceilings" not in key and not bool(torch.isfinite(value.float()).all())
