@@ -30,8 +30,9 @@ from benchmarks.products import PRODUCTS, make_product
 
 console = Console()
 LAYERS = ("layer1", "layer2", "layer3")
-# A flow that trains in minutes on two cores. The paper's (8 layers, 256 position channels, lr 1e-5, 100 epochs, every
-# patch) is the default of the model itself.
+# Settings that train in minutes on two cores: a small flow, few of its steps, a high learning rate, and the published
+# code's matching and residual. The paper's (8 layers, 256 position channels, every patch, lr 1e-5, 100 epochs, L2,
+# signed residual) are the defaults of the model itself.
 QUICK: dict[str, Any] = {
     "coupling_layers": 4,
     "position_channels": 64,
@@ -112,9 +113,9 @@ def main(
     draws: int = 1,
     epochs: int = 6,
     seed: int = 0,
-    match: str = "l2",
-    residual: str = "difference",
-    lr: float = 5e-4,
+    match: str = "cosine",
+    residual: str = "squared",
+    lr: float = 2e-3,
     patchcore: bool = False,
     output: Path = Path("demo"),
 ) -> None:
