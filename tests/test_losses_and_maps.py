@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from anomalib_resad.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.constraintor import ConvBnReLU
 from anomalib_resad.loss import abnormal_invariant_occ, negative_log_likelihood, semi_push_pull
 
 
@@ -14,6 +15,14 @@ def test_occ_by_hand() -> None:
     r = torch.tensor([[0.0, 0.0], [5.0, 5.0], [4.0, 5.0]])
     loss = abnormal_invariant_occ(f, r, torch.tensor([0.0, 0.0, 1.0]))
     assert math.isclose(loss.item(), ((math.sqrt(6) - 1) + 0) / 2 + 5, rel_tol=1e-6)
+
+
+def test_constraintor_starts_from_the_identity() -> None:
+    residual = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    constrained = ConvBnReLU(4).train()(residual)
+    deviation = residual.var(dim=(0, 2, 3), unbiased=False, keepdim=True).add(1e-5).sqrt()
+    expected = ((residual - residual.mean(dim=(0, 2, 3), keepdim=True)) / deviation).relu()
+    torch.testing.assert_close(constrained, expected, rtol=0, atol=1e-5)
 
 
 def test_occ_has_finite_gradients_at_zero() -> None:
