@@ -12,7 +12,7 @@ class ConvBnReLU(nn.Module):
     """A 3x3 convolution that keeps channels and size, batch norm, ReLU.
 
     It starts from the identity kernel: then the first output is how far each channel of the residual exceeds its
-    usual size. From a random kernel, short training ends with abnormal residuals mapped to zero like normal ones.
+    usual size. From a random kernel, short training tended to map abnormal residuals to zero like normal ones.
 
     Args:
         channels (int): Channels of the level.

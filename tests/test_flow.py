@@ -23,11 +23,16 @@ def bent_flow(position_channels: int = 8) -> PositionFlow:
     return flow
 
 
+def vectors(count: int, position_channels: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Random patch vectors and, for a conditional flow, their conditions."""
+    x = torch.randn(count, 6, dtype=torch.float64)
+    return x, torch.randn(count, position_channels, dtype=torch.float64) if position_channels else None
+
+
 @pytest.mark.parametrize("position_channels", [0, 8])
 def test_inverse(position_channels: int) -> None:
     flow = bent_flow(position_channels)
-    x = torch.randn(5, 6, dtype=torch.float64)
-    positions = torch.randn(5, 8, dtype=torch.float64) if position_channels else None
+    x, positions = vectors(5, position_channels)
     z, _ = flow.transform(x, positions)
     back, _ = flow.blocks(z, [positions] if position_channels else None, rev=True)
     assert (z - x).abs().max() > 0.5
@@ -37,8 +42,7 @@ def test_inverse(position_channels: int) -> None:
 @pytest.mark.parametrize("position_channels", [0, 8])
 def test_log_determinant_and_likelihood_against_autograd(position_channels: int) -> None:
     flow = bent_flow(position_channels)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    positions = torch.randn(4, 8, dtype=torch.float64) if position_channels else None
+    x, positions = vectors(4, position_channels)
     z, log_det = flow.transform(x, positions)
     for index in range(4):
         where = positions[index : index + 1] if positions is not None else None
