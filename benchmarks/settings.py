@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The settings of a leaderboard, stored beside its cells; cells of different settings are never mixed."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anomalib_resad.photos import content_hash
+
+PACKAGES = ("anomalib", "torch", "torchvision", "timm", "FrEIA", "lightning", "torchmetrics", "anomalib-resad")
+# What may grow when a leaderboard goes on: each cell stands for itself.
+MAY_CHANGE = ("categories", "shots", "draws", "baseline", "conditions", "versions", "device", "cpu", "threads")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) -> None:
+    """Write ``settings.json``, or check that the folder's cells were made with the same settings.
+
+    Args:
+        output (Path): Folder of the leaderboard.
+        settings (dict[str, Any]): The settings.
+        weights (Path | None): Backbone file, recorded by name and content.
+
+    Raises:
+        ValueError: If the folder holds cells of other settings.
+    """
+    settings = settings | {
+        "weights": weights.name if weights else ("timm" if settings["pre_trained"] else "untrained"),
+        "weights_sha256": content_hash(weights) if weights else None,
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+    }
+    settings = json.loads(json.dumps(settings, default=str))
+    path = output / "settings.json"
+    if path.is_file():
+        kept = json.loads(path.read_text())
+        both = kept["methods"].keys() & settings["methods"].keys()
+        differing = [f"methods.{name}" for name in sorted(both) if kept["methods"][name] != settings["methods"][name]]
+        fixed = [name for name in settings if name not in (*MAY_CHANGE, "methods")]
+        differing += [f"{name}={kept.get(name)!r}" for name in fixed if kept.get(name) != settings[name]]
+        if differing:
+            msg = (
+                f"{output} holds cells that were measured with other settings: {', '.join(differing)}. "
+                "Choose another output folder, or remove this one."
+            )
+            raise ValueError(msg)
+        settings["methods"] = kept["methods"] | settings["methods"]
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
