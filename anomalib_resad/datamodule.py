@@ -58,6 +58,7 @@ def category_samples(datamodule: AnomalibDataModule) -> DataFrame:
     if "mask_path" not in samples:
         samples["mask_path"] = None
     has_mask = samples.mask_path.map(lambda path: isinstance(path, str) and Path(path).is_file())
+    samples["mask_path"] = samples.mask_path.where(has_mask, "")  # some data sets say NaN, which anomalib cannot read
     usable = (samples.label_index == LabelName.NORMAL) | has_mask
     if not usable.all():
         logger.warning(

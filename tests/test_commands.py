@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from benchmarks.products import make_product
+from tests import datasets_layouts
+from tests.datasets_layouts import draw_photos
 
 ROOT = Path(__file__).resolve().parents[1]
 ANOMALIB = Path(sys.executable).with_name("anomalib")
@@ -64,15 +66,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     counts = {"train": 4, "good": 2, "defective": 1, "size": 64}
     config = yaml.safe_load((ROOT / "configs" / "visa_to_mvtecad.yaml").read_text())
-    visa = folder / "datasets" / "visa" / "visa_pytorch"
-    for category in config["data"]["init_args"]["source"]["init_args"]["category"].split(", "):
-        drawn = make_product(folder / "drawn", "pill", **counts)
-        shutil.copytree(drawn / "train", visa / category / "train")
-        shutil.copytree(drawn / "test" / "good", visa / category / "test" / "good")
-        shutil.copytree(drawn / "test" / "spot", visa / category / "test" / "bad")
-        shutil.copytree(drawn / "ground_truth" / "spot", visa / category / "ground_truth" / "bad")
-        for mask in (visa / category / "ground_truth" / "bad").iterdir():
-            mask.rename(mask.with_name(mask.name.replace("_mask", "")))
+    categories = config["data"]["init_args"]["source"]["init_args"]["category"].split(", ")
+    photos = draw_photos(folder / "drawn", defects=["spot"], **counts)
+    datasets_layouts.visa(folder / "datasets" / "visa", categories, photos)
     for category, product in (("bottle", "washer"), ("cable", "weave")):
         make_product(folder / "drawn", product, **counts | {"train": 8})
         shutil.copytree(folder / "drawn" / product, folder / "datasets" / "MVTecAD" / category)
@@ -164,18 +160,19 @@ def test_benchmark(source: Path, workplace: Path) -> None:
 
 def test_demo(workplace: Path) -> None:
     """The demo on a folder of products, and its refusal of an unknown target."""
-    arguments = ["--data", "datasets/products", "--epochs", "1", "--output", "demo", "--patchcore", "true"]
+    arguments = ["--data", "datasets/products", "--epochs", "1", "--output", "demo"]
     command = [sys.executable, "-m", "benchmarks.demo", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     options = {"cwd": workplace, "env": environment, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     result = subprocess.run(command, check=False, timeout=600, **options)
     assert result.returncode == 0, result.stderr[-4000:]
     assert "UNTRAINED" in result.stdout
-    for method in ("ResAD", "nearest neighbor", "Patchcore"):
+    for method in ("ResAD", "nearest-neighbor", "Patchcore"):
         assert method in result.stdout
     lines = (workplace / "demo" / "results.csv").read_text().splitlines()
     assert len(lines) == 4
-    assert (workplace / "demo" / "gallery.png").stat().st_size > 10_000
+    assert (workplace / "demo" / "gallery.png").stat().st_size > 5_000
+    assert (workplace / "demo" / "leaderboard.html").stat().st_size > 10_000
     refused = subprocess.run([*command, "--target", "nothing"], check=False, timeout=600, **options)
     assert refused.returncode != 0
     assert "'grain', 'pill', 'tiles'" in refused.stderr
