@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from anomalib_resad import ResAD
-from benchmarks.compare import auroc
+from benchmarks.measure import quality
 from tests.conftest import SHARED, product, quiet_engine
 
 WEIGHTS = SHARED / "weights" / "resnet18_tv_in1k_v1_layers1to3_bnfolded.pth"
@@ -20,6 +20,6 @@ def test_distance_finds_real_defects(category: str, image: float, pixel: float, 
     settings = {"estimator": "distance", "match": "cosine", "post_processor": False, "visualizer": False}
     model = ResAD(backbone="resnet18", weights=WEIGHTS, **settings)
     data = product(SHARED / "data", category)
-    figures = auroc(quiet_engine(tmp_path).predict(model, datamodule=data, return_predictions=True))
+    figures = quality(quiet_engine(tmp_path).predict(model, datamodule=data, return_predictions=True))
     assert figures["image_AUROC"] > image
     assert figures["pixel_AUROC"] > pixel
