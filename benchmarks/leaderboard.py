@@ -88,6 +88,7 @@ class Leaderboard:
         gallery_shots (int): Shots of the maps that are kept for the gallery.
         checkpoints (Path): Folder of what was trained on source categories.
         progress (Progress): Display of what is going on.
+        layers (list[str]): Levels of the backbone whose extraction is its time.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Leaderboard:
         gallery_shots: int,
         checkpoints: Path,
         progress: Progress,
+        layers: list[str],
     ) -> None:
         self.targets = {str(target.category or target.name): target for target in targets}
         self.sources = sources
@@ -116,10 +118,7 @@ class Leaderboard:
         self.checkpoints = checkpoints
         self.progress = progress
         self.unavailable: dict[str, str] = {}
-        layers = next((m.init_args["layers"] for m in methods.values() if len(m.init_args.get("layers", ())) > 2), None)
-        self.pyramid = FeaturePyramid(
-            backbone.name, layers or ("layer1", "layer2", "layer3"), backbone.pre_trained, backbone.weights
-        )
+        self.pyramid = FeaturePyramid(backbone.name, layers, backbone.pre_trained, backbone.weights)
 
     def cells(
         self, shots: list[int], draws: int, conditions: dict[str, list[float]], categories: list[str] | None
@@ -201,6 +200,7 @@ def main(
     weights: Path | None = None,
     pre_trained: bool = True,
     image_size: tuple[int, int] = (224, 224),
+    layers: list[str] = ["layer1", "layer2", "layer3"],  # noqa: B006  # read only
     baseline: str = "Patchcore",
     gallery_shots: int = 4,
     conditions: dict[str, list[float]] | None = None,
@@ -222,6 +222,7 @@ def main(
         weights: Local file with its weights; by default timm's.
         pre_trained: Use timm's weights where there is no file.
         image_size: Height and width, for all methods with a backbone argument.
+        layers: Levels of the backbone whose extraction is the time that methods are compared with.
         baseline: Method that the others are compared with.
         gallery_shots: Shots of the gallery and of the conditions.
         conditions: Levels of noise, blur, brightness, jpeg, rotation and bad_reference.
@@ -243,6 +244,7 @@ def main(
         gallery_shots,
         checkpoints or output / "sources",
         Progress(*COLUMNS, TimeRemainingColumn(elapsed_when_finished=False)),
+        layers,
     )
     settings = {
         "dataset": target.name,
@@ -255,6 +257,7 @@ def main(
         "backbone": backbone,
         "pre_trained": pre_trained,
         "image_size": list(image_size),
+        "layers": layers,
         "baseline": baseline,
         "gallery_shots": gallery_shots,
         "conditions": conditions or {},
