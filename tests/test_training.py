@@ -54,13 +54,13 @@ def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
     masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
     counts = [0, 0, 0]
     for level, flow in enumerate(model.flows):
-        original = flow.log_likelihood
+        original = flow.log_likelihoods
 
         def counted(vectors, positions, level=level, original=original):
             counts[level] += len(vectors)
             return original(vectors, positions)
 
-        flow.log_likelihood = counted
+        flow.log_likelihoods = counted
     assert len(list(model.flow_losses(features, masks, batch_size=300, steps=None))) == 3
     assert counts == [3 * 256, 3 * 64, 3 * 16]
 
