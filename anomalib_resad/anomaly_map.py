@@ -3,7 +3,8 @@
 """From likelihoods (or distances) of the levels to one anomaly map and one score.
 
 Paper: ResAD (arXiv 2410.20047), section 3.4: s = 1 - exp(log p) per level, bilinear upsampling, sum over the levels;
-the score of an image is the maximum of its map.
+the score of an image is the maximum of its map. ResAD++ (its published code): the mean of that map and the map of the
+abnormal Gaussian's probability.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,24 @@ def log_likelihood_to_anomaly(log_p: Tensor, ceiling: Tensor) -> Tensor:
         ceiling (Tensor): Highest log-likelihood of normal training patches, a scalar.
     """
     return 1 - torch.exp(log_p - ceiling)
+
+
+def fuse(likelihood_anomalies: Sequence[Tensor], probabilities: Sequence[Tensor]) -> list[Tensor]:
+    """Merge the two maps of ResAD++ level by level, so that their sum over the levels is a mean in 0..1.
+
+    The published code sums the one over the levels and averages the other, so that they range over 0..3 and 0..1 and
+    the second hardly counts (defect 4). Here both are averaged. A patch that is likelier than any normal one of the
+    training is as normal as these, 0: below zero it would leave the scale.
+
+    Args:
+        likelihood_anomalies (Sequence[Tensor]): Of each level, shape ``(B, H_l, W_l)``, at most 1.
+        probabilities (Sequence[Tensor]): Probability of the abnormal Gaussian, of the same shapes, in 0..1.
+    """
+    share = 0.5 / len(probabilities)
+    return [
+        share * (anomaly.clamp(min=0) + probability)
+        for anomaly, probability in zip(likelihood_anomalies, probabilities, strict=True)
+    ]
 
 
 class AnomalyMapGenerator(nn.Module):

@@ -10,10 +10,29 @@ import torch
 from torch import Tensor
 
 from anomalib_resad.safe_load import load_weights_only
+from anomalib_resad.variants import VARIANTS
 
 # What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
-ARCHITECTURE = ("backbone", "layers", "match", "residual", "coupling_layers", "position_channels", "sigma")
-TRAINED_PARTS = ("constraintors", "flows")
+# (`occ` and `push_pull` are losses, but training may go on from a checkpoint, whose boundary is kept with it.)
+ARCHITECTURE = (
+    "backbone",
+    "layers",
+    "match",
+    "residual",
+    "constraintor",
+    "occ",
+    "coupling_layers",
+    "position_channels",
+    "codebook_size",
+    "efdm",
+    "abnormal_gaussian",
+    "push_pull",
+    "sigma",
+)
+# Settings that checkpoints from before there were variants lack: those were all the first.
+ADDED = ("constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull")
+EARLIER = {"variant": "resad"} | {key: VARIANTS["resad"][key] for key in ADDED}
+TRAINED_PARTS = ("codebooks", "fusion", "constraintors", "flows", "boundaries")
 
 
 @dataclass
@@ -21,7 +40,7 @@ class TrainedResAD:
     """What a checkpoint gives.
 
     Attributes:
-        settings (dict[str, Any]): The architecture's hyperparameters.
+        settings (dict[str, Any]): The architecture's hyperparameters, and the variant's name.
         model (dict[str, Any]): State dict of the torch model.
         post_processor (dict[str, Any]): State dict of the post-processor: threshold and range.
         pre_processor (dict[str, Any] | None): Configuration of the pre-processor.
@@ -31,6 +50,12 @@ class TrainedResAD:
     model: dict[str, Any]
     post_processor: dict[str, Any]
     pre_processor: dict[str, Any] | None
+
+
+def architecture(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's model was built with, and its variant's name; empty if it holds none."""
+    found = {key: hyper_parameters[key] for key in ("variant", *ARCHITECTURE) if key in hyper_parameters}
+    return EARLIER | found if found else {}
 
 
 def read_trained(path: Path, estimator: str) -> TrainedResAD:
@@ -45,7 +70,8 @@ def read_trained(path: Path, estimator: str) -> TrainedResAD:
         FileNotFoundError: If there is no such file.
     """
     content = load_weights_only(path, what="trained ResAD")
-    state, settings = content.get("state_dict"), content.get("hyper_parameters", {})
+    state, hyper_parameters = content.get("state_dict"), content.get("hyper_parameters", {})
+    settings = architecture(hyper_parameters)
     missing = [key for key in ARCHITECTURE if key not in settings]
     if not isinstance(state, dict) or missing:
         msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
@@ -54,14 +80,15 @@ def read_trained(path: Path, estimator: str) -> TrainedResAD:
     if estimator == "distance":
         model = {key: value for key, value in model.items() if not key.startswith(TRAINED_PARTS)}
     elif not any(key.startswith(TRAINED_PARTS) for key in model):
-        msg = f"{path} was never trained (estimator '{settings.get('estimator')}'): pass estimator='distance' too."
+        made_with = hyper_parameters.get("estimator")
+        msg = f"{path} was never trained (estimator '{made_with}'): pass estimator='distance' too."
         raise ValueError(msg)
     broken = [key for key, value in model.items() if _is_broken(key, value)]
     if broken:
         msg = f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training diverged."
         raise ValueError(msg)
     return TrainedResAD(
-        settings={key: settings[key] for key in ARCHITECTURE},
+        settings=settings,
         model=model,
         post_processor=_below("post_processor.", state),
         pre_processor=content.get("anomalib_pre_processor_config"),
@@ -74,5 +101,6 @@ def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_broken(key: str, value: Any) -> bool:  # noqa: ANN401
-    """Whether a weight is not finite; the ceilings of an untrained level are NaN by design."""
-    return isinstance(value, Tensor) and "ceilings" not in key and not bool(torch.isfinite(value.float()).all())
+    """Whether a weight is not finite; ceilings and boundaries of an untrained level are NaN by design."""
+    by_design = key in {"anomaly_map.ceilings", "boundaries"}
+    return isinstance(value, Tensor) and not by_design and not bool(torch.isfinite(value.float()).all())

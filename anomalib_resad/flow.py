@@ -67,7 +67,7 @@ class PositionFlow(nn.Module):
 
     Args:
         channels (int): Channels of the level.
-        coupling_layers (int): Number of coupling layers; 8 in the paper.
+        coupling_layers (int): Number of coupling layers; 8 in the paper, 10 in ResAD++.
         position_channels (int): Channels of the position condition; 256 in the paper, 0 for none.
     """
 
@@ -118,13 +118,32 @@ class PositionFlow(nn.Module):
 
         Dividing by the channels keeps levels of different width on one scale.
         """
+        return self.log_likelihoods(vectors, positions)[0]
+
+    def log_likelihoods(self, vectors: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-likelihoods per channel under the normal Gaussian N(0, I) and the abnormal one, N(1, I) (ResAD++).
+
+        Args:
+            vectors (Tensor): Patch vectors, shape ``(N, C)``.
+            positions (Tensor | None): Their position encodings, shape ``(N, P)``.
+
+        Returns:
+            tuple[Tensor, Tensor]: Both of shape ``(N,)``.
+        """
         latent, log_det = self.transform(vectors, positions)
         log_p = log_det - 0.5 * (latent.square().sum(dim=1) + self.channels * math.log(2 * math.pi))
-        return log_p / self.channels
+        # ||z - 1||^2 = ||z||^2 - 2 sum(z) + C
+        toward_abnormal = latent.sum(dim=1) - 0.5 * self.channels
+        return log_p / self.channels, (log_p + toward_abnormal) / self.channels
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Log-likelihood map of a feature map: ``(B, C, H, W)`` to ``(B, H, W)``, in nats per channel."""
+    def maps(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both log-likelihoods of a feature map: ``(B, C, H, W)`` to twice ``(B, H, W)``, in nats per channel."""
         batch, channels, height, width = features.shape
         vectors = features.permute(0, 2, 3, 1).reshape(-1, channels)
         positions = self.positions(height, width).repeat(batch, 1) if self.position_channels else None
-        return self.log_likelihood(vectors, positions).reshape(batch, height, width)
+        normal, abnormal = self.log_likelihoods(vectors, positions)
+        return normal.reshape(batch, height, width), abnormal.reshape(batch, height, width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-likelihood map of a feature map: ``(B, C, H, W)`` to ``(B, H, W)``, in nats per channel."""
+        return self.maps(features)[0]

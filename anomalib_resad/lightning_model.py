@@ -2,7 +2,8 @@
 
 """ResAD as an anomalib model.
 
-Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047.
+Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047, and
+"ResAD++: Towards Class Agnostic Anomaly Detection via Residual Feature Learning", IJCV 2026, arXiv 2509.23741.
 
 Two phases, one model. Without ``checkpoint`` it trains on the source categories of
 :class:`~anomalib_resad.datamodule.CrossCategory`, or on one category with synthetic defects. With ``checkpoint`` there
@@ -29,12 +30,15 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_resad.callback import FewShotReferences
-from anomalib_resad.checkpoint import ARCHITECTURE, read_trained
+from anomalib_resad.checkpoint import ARCHITECTURE, architecture, read_trained
+from anomalib_resad.constraintor import ConstraintorKind
+from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
 from anomalib_resad.reference_bank import Metric
 from anomalib_resad.synthetic import SyntheticDefects
 from anomalib_resad.torch_model import Estimator, ResADModel, Residual
+from anomalib_resad.variants import Variant, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,9 @@ def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 class ResAD(AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
+    ``variant`` chooses a published method. The arguments from ``match`` to ``warmup`` change single settings of it:
+    left at ``None``, they take the variant's value, given in their descriptions as ResAD / ResAD++.
+
     Args:
         backbone (str): timm model name of the frozen feature extractor.
         layers (Sequence[str]): Levels of the backbone, as timm names them.
@@ -57,12 +64,27 @@ class ResAD(AnomalibModule):
         reference_seed (int): Seed of the draws of references.
         checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
             backbone and the method's settings are the checkpoint's.
-        match (Metric): Nearest reference by ``"l2"`` (paper) or ``"cosine"``.
-        residual (Residual): ``"difference"`` (paper) or ``"squared"``.
+        variant (Variant): ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
+        match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
+        residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
+        constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, or another of the papers' ablation;
+            ``"mlp"`` for levels of vision transformers.
+        occ (OneClass | None): The constraintor's loss, ``"abnormal_invariant"`` / ``"log_barrier_bidirectional"``; the
+            others are these without their abnormal term and without their second side, and ``"none"``.
+        coupling_layers (int | None): Coupling layers of each flow, 8 / 10.
+        position_channels (int | None): Channels of the flow's position condition, 256 in both; 0 for none.
+        codebook_size (int | None): Codes of normal residuals per level, 0 / 1536; 0 for no codebook.
+        efdm (float | None): Share of the way from the residuals' distribution to that of their codes (exact feature
+            distribution matching), 0 / 0.6; 0 for none.
+        abnormal_gaussian (bool | None): Whether the flow also learns abnormal patches, as a second Gaussian whose
+            probability is half of the anomaly map; no / yes.
+        push_pull (PushPull | None): The flow's terms, ``"hinge"`` (maximum likelihood and BGAD's semi-push-pull) /
+            ``"log_barrier"`` (the log-sigmoid forms of both).
+        warmup (float | None): Share of the training in which the flows learn the likelihood of normal patches alone,
+            0 / 0.1. A share, and counted in batches, so that short trainings warm up too; 10 of 100 epochs as
+            published.
         estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance, which needs no
             training.
-        coupling_layers (int): Coupling layers of each flow; 8 in the paper.
-        position_channels (int): Channels of the flow's position condition; 256 in the paper, 0 for none.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
         lr (float): Learning rate of Adam; x 0.1 after 70 % and 90 % of the epochs.
@@ -90,11 +112,19 @@ class ResAD(AnomalibModule):
         references: Path | str | None = None,
         reference_seed: int = 0,
         checkpoint: Path | str | None = None,
-        match: Metric = "l2",
-        residual: Residual = "difference",
+        variant: Variant = "resad",
+        match: Metric | None = None,
+        residual: Residual | None = None,
+        constraintor: ConstraintorKind | None = None,
+        occ: OneClass | None = None,
+        coupling_layers: int | None = None,
+        position_channels: int | None = None,
+        codebook_size: int | None = None,
+        efdm: float | None = None,
+        abnormal_gaussian: bool | None = None,
+        push_pull: PushPull | None = None,
+        warmup: float | None = None,
         estimator: Estimator = "flow",
-        coupling_layers: int = 8,
-        position_channels: int = 256,
         sigma: float = 4.0,
         push_pull_weight: float = 1.0,
         lr: float = 1e-5,
@@ -113,6 +143,7 @@ class ResAD(AnomalibModule):
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         # Plain types only: a checkpoint is loaded with weights_only=True.
         self.hparams.update({"layers": list(layers), "image_size": list(image_size)})
+        self.hparams.update(resolve(variant, self.hparams))
         if checkpoint is None:
             self.model: ResADModel = self._build()
         else:
@@ -160,7 +191,7 @@ class ResAD(AnomalibModule):
 
     def _adopt(self, settings: dict[str, Any]) -> None:
         """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
-        self.hparams.update({key: settings[key] for key in ARCHITECTURE if key in settings})
+        self.hparams.update(settings)
         self.model = self._build()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -172,10 +203,8 @@ class ResAD(AnomalibModule):
         """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
         super().on_load_checkpoint(checkpoint)
         self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
-        settings = checkpoint.get("hyper_parameters", {})
-        other = {
-            key: settings[key] for key in ARCHITECTURE if key in settings and settings[key] != self.hparams.get(key)
-        }
+        settings = architecture(checkpoint.get("hyper_parameters", {}))
+        other = {key: value for key, value in settings.items() if value != self.hparams.get(key)}
         if other:
             logger.warning("The checkpoint was made with %s; these settings are used.", other)
             self._adopt(settings)
@@ -234,24 +263,37 @@ class ResAD(AnomalibModule):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam over constraintor and flow; the learning rate falls after 70 % and 90 % of the epochs.
+        """Adam over constraintor, flow and codebook; the learning rate falls after 70 % and 90 % of the epochs.
 
-        One optimizer serves both, since their losses share no parameter.
+        One optimizer serves all, since their losses share no parameter.
         """
         if not self.is_trainable:
             return None
-        parameters = [*self.model.constraintors.parameters(), *self.model.flows.parameters()]
-        optimizer = torch.optim.Adam(
-            [parameter for parameter in parameters if parameter.requires_grad],
-            lr=self.hparams["lr"],
-            weight_decay=self.hparams["weight_decay"],
-        )
-        epochs = self.trainer.max_epochs or 100
+        codes = list(self.model.codebooks.parameters())
+        networks = [*self.model.constraintors.parameters(), *self.model.flows.parameters()]
+        if self.model.fusion is not None:
+            networks += self.model.fusion.parameters()
+        groups: list[dict[str, Any]] = [{"params": [each for each in networks if each.requires_grad]}]
+        if codes:
+            groups.append({"params": codes, "weight_decay": 0.0})  # decay would draw the codes away from the residuals
+        optimizer = torch.optim.Adam(groups, lr=self.hparams["lr"], weight_decay=self.hparams["weight_decay"])
+        epochs = self._epochs
         milestones = sorted({max(1, int(0.7 * epochs)), max(1, int(0.9 * epochs))})
         return {
             "optimizer": optimizer,
             "lr_scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1),
         }
+
+    @property
+    def _epochs(self) -> int:
+        """Epochs of the training; the paper's where the trainer knows no end."""
+        epochs = self.trainer.max_epochs
+        return epochs if epochs and epochs > 0 else 100
+
+    def _is_warming_up(self) -> bool:
+        """Whether the current batch belongs to the first part of the training, on normal patches alone."""
+        done = self.trainer.fit_loop.batch_idx / self.trainer.num_training_batches
+        return self.current_epoch + done < self.hparams["warmup"] * self._epochs
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """One step of the constraintor, several of the flow over shuffled patches.
@@ -270,13 +312,15 @@ class ResAD(AnomalibModule):
         optimizer = self.optimizers()
         occ, constrained = self.model.constrain_loss(features, matched, masks)
         optimizer.zero_grad()  # type: ignore[union-attr]
-        self.manual_backward(occ)
+        if occ.requires_grad:  # else there is neither a constraintor that learns nor a codebook
+            self.manual_backward(occ)
         flow_losses = self.model.flow_losses(
             constrained,
             masks,
             self.hparams["flow_batch_size"],
             self.hparams["flow_steps"],
             self.hparams["push_pull_weight"],
+            warming_up=self._is_warming_up(),
         )
         flow_loss = occ.new_zeros(())
         for flow_loss in flow_losses:

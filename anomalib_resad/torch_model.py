@@ -2,31 +2,53 @@
 
 """ResAD as one PyTorch module: photo to anomaly map and score.
 
-Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047.
+Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047, and
+"ResAD++: Towards Class Agnostic Anomaly Detection via Residual Feature Learning", IJCV 2026, arXiv 2509.23741. The
+constructor's defaults are the first; ``ResADModel(**settings)`` with those of ``variants.py`` makes either.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_resad.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.anomaly_map import AnomalyMapGenerator, fuse
 from anomalib_resad.backbone import FeaturePyramid
-from anomalib_resad.constraintor import ConvBnReLU
+from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
+from anomalib_resad.constraintor import ConstraintorKind, make_constraintors
 from anomalib_resad.flow import PositionFlow
-from anomalib_resad.loss import abnormal_invariant_occ, negative_log_likelihood, semi_push_pull
+from anomalib_resad.loss import (
+    OneClass,
+    PushPull,
+    abnormal_probability,
+    average_boundary,
+    focal,
+    log_barrier_likelihood,
+    log_barrier_push_pull,
+    negative_log_likelihood,
+    normal_boundary,
+    one_class_loss,
+    orthogonality,
+    semi_push_pull,
+)
 from anomalib_resad.reference_bank import Metric, ReferenceBank, match, to_rows
+from anomalib_resad.variants import check_known
 
-Residual = Literal["difference", "squared"]
+Residual = Literal["none", "difference", "squared"]
 Estimator = Literal["flow", "distance"]
 
 
 def residual(features: Tensor, matched: Tensor, kind: Residual = "difference") -> Tensor:
-    """Residual of a level, ``x - x*`` (paper) or its element-wise square (published code), shape ``(B, C, H, W)``."""
+    """Residual of a level, shape ``(B, C, H, W)``.
+
+    ``x - x*`` (paper), its element-wise square (published code), or the features themselves (the papers' ablation).
+    """
+    if kind == "none":
+        return features
     difference = features - matched
     return difference if kind == "difference" else difference.square()
 
@@ -50,12 +72,22 @@ class ResADModel(nn.Module):
         pre_trained (bool): Use timm's pretrained weights.
         weights (Path | str | None): Local backbone file instead.
         match (Metric): Which reference is the nearest, by ``"l2"`` (paper) or ``"cosine"``.
-        residual (Residual): ``"difference"`` (paper) or ``"squared"``.
+        residual (Residual): ``"difference"`` (paper), ``"squared"``, or ``"none"`` for plain features.
+        constraintor (ConstraintorKind): What constrains the residuals; ``"mlp"`` is for vision transformers.
+        occ (OneClass): What the constraintor learns; with ``"none"`` it stays as it starts.
         coupling_layers (int): Coupling layers of each flow.
         position_channels (int): Channels of the flow's position condition, 0 for none.
+        codebook_size (int): Codes of normal residuals per level, 0 for no codebook.
+        efdm (float): Share of the way from the residuals' distribution to that of their codes, 0 for none. Codebook
+            and matching serve each other: without the one there is none of the other.
+        abnormal_gaussian (bool): Let the flow also tell abnormal patches, as a second Gaussian, N(1, I).
+        push_pull (PushPull): The flow's terms, plain (``"hinge"``, BGAD) or ``"log_barrier"``.
         sigma (float): Gaussian smoothing of the map in pixels.
         estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance of the same
             references, which needs no training.
+
+    Raises:
+        ValueError: If an argument has an unknown or impossible value.
     """
 
     def __init__(
@@ -66,27 +98,44 @@ class ResADModel(nn.Module):
         weights: Path | str | None = None,
         match: Metric = "l2",
         residual: Residual = "difference",
+        constraintor: ConstraintorKind = "conv_bn_relu",
+        occ: OneClass = "abnormal_invariant",
         coupling_layers: int = 8,
         position_channels: int = 256,
+        codebook_size: int = 0,
+        efdm: float = 0.0,
+        abnormal_gaussian: bool = False,
+        push_pull: PushPull = "hinge",
         sigma: float = 4.0,
         estimator: Estimator = "flow",
     ) -> None:
         super().__init__()
-        for argument, value, known in (
-            ("residual", residual, ("difference", "squared")),
-            ("estimator", estimator, ("flow", "distance")),
-        ):
-            if value not in known:
-                msg = f"{argument}='{value}' is not known; use one of {known}."
-                raise ValueError(msg)
+        check_known("residual", residual, get_args(Residual))
+        check_known("constraintor", constraintor, get_args(ConstraintorKind))
+        check_known("occ", occ, get_args(OneClass))
+        check_known("push_pull", push_pull, get_args(PushPull))
+        check_known("estimator", estimator, get_args(Estimator))
+        if not 0 <= efdm <= 1 or codebook_size < 0:
+            msg = f"efdm={efdm} must be a share, 0 to 1, and codebook_size={codebook_size} a number of codes or 0."
+            raise ValueError(msg)
         self.residual_kind: Residual = residual
+        self.constraintor_kind: ConstraintorKind = constraintor
+        self.occ: OneClass = occ
+        self.efdm = efdm
+        self.abnormal_gaussian = abnormal_gaussian
+        self.push_pull: PushPull = push_pull
         self.estimator: Estimator = estimator
         self.backbone = FeaturePyramid(backbone, layers, pre_trained, weights)
         channels = self.backbone.channels
         self.bank = ReferenceBank(channels, match)
-        flow_channels = channels if estimator == "flow" else []
-        self.constraintors = nn.ModuleList(ConvBnReLU(count) for count in flow_channels)
-        self.flows = nn.ModuleList(PositionFlow(count, coupling_layers, position_channels) for count in flow_channels)
+        trained = channels if estimator == "flow" else []  # channels of the levels that have trainable parts
+        matched = trained if codebook_size and efdm else []
+        self.codebooks = nn.ModuleList(Codebook(count, codebook_size) for count in matched)
+        self.fusion, self.constraintors = make_constraintors(constraintor, trained)
+        self.flows = nn.ModuleList(PositionFlow(count, coupling_layers, position_channels) for count in trained)
+        self.boundaries: Tensor
+        if trained and push_pull == "log_barrier":
+            self.register_buffer("boundaries", torch.full((len(trained),), float("nan")))
         self.anomaly_map = AnomalyMapGenerator(len(channels), sigma)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -106,13 +155,28 @@ class ResADModel(nn.Module):
         if self.estimator == "distance":
             anomalies = [distance(x, m, self.bank.metric) for x, m in zip(features, matched, strict=True)]
         else:
-            constrained = [
-                constrain(residual(x, m, self.residual_kind))
-                for constrain, x, m in zip(self.constraintors, features, matched, strict=True)
-            ]
-            log_p = [flow(level) for flow, level in zip(self.flows, constrained, strict=True)]
-            anomalies = self.anomaly_map.likelihoods_to_anomalies(log_p)
+            constrained = self.constrain(self.match_residuals(self.residuals(features, matched)))
+            maps = [flow.maps(level) for flow, level in zip(self.flows, constrained, strict=True)]  # type: ignore[operator]
+            anomalies = self.anomaly_map.likelihoods_to_anomalies([log_p for log_p, _ in maps])
+            if self.abnormal_gaussian:
+                anomalies = fuse(anomalies, [abnormal_probability(*pair) for pair in maps])
         return self.anomaly_map(anomalies, image_size)
+
+    def residuals(self, features: Sequence[Tensor], matched: Sequence[Tensor]) -> list[Tensor]:
+        """Residuals of all levels, shape ``(B, C_l, H_l, W_l)`` each."""
+        return [residual(x, m, self.residual_kind) for x, m in zip(features, matched, strict=True)]
+
+    def match_residuals(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        """Match the residuals' distribution to the codebook's, in training as in test (defect 9), if there is one."""
+        if not self.codebooks:
+            return list(residuals)
+        pairs = zip(residuals, self.codebooks, strict=True)
+        return [match_distribution(r, codebook(r), self.efdm) for r, codebook in pairs]
+
+    def constrain(self, residuals: Sequence[Tensor]) -> list[Tensor]:
+        """Constrain the residuals of all levels, shapes in and out alike."""
+        fused = residuals if self.fusion is None else self.fusion(residuals)
+        return [constrain(r) for constrain, r in zip(self.constraintors, fused, strict=True)]
 
     @torch.no_grad()
     def match_each(self, features: Sequence[Tensor], references: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -134,7 +198,7 @@ class ResADModel(nn.Module):
     def constrain_loss(
         self, features: Sequence[Tensor], matched: Sequence[Tensor], masks: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Abnormal-invariant one-class loss, the mean over the levels, and the constrained residuals.
+        """One-class loss and codebook loss, the mean over the levels, and the constrained residuals.
 
         Args:
             features (Sequence[Tensor]): One map per level, shape ``(B, C_l, H_l, W_l)``.
@@ -142,16 +206,25 @@ class ResADModel(nn.Module):
             masks (Sequence[Tensor]): 1 for abnormal positions, shape ``(B, H_l, W_l)``.
 
         Returns:
-            tuple[Tensor, list[Tensor]]: The loss, and one map per level, detached: the flow's loss does not reach the
+            tuple[Tensor, list[Tensor]]: The loss (the codebook shares no parameter with the constraintor, so their sum
+                trains each on its own), and one map per level, detached: the flow's loss does not reach the
                 constraintor (paper, section 3.4: joint training is unstable).
         """
-        losses, constrained = [], []
-        for constrain, x, m, mask in zip(self.constraintors, features, matched, masks, strict=True):
-            r = residual(x, m, self.residual_kind)
-            f = constrain(r)
-            losses.append(abnormal_invariant_occ(to_rows(f), to_rows(r), mask.flatten()))
-            constrained.append(f.detach())
-        return torch.stack(losses).mean(), constrained
+        residuals = self.residuals(features, matched)
+        labels = [mask.flatten() for mask in masks]
+        losses = []
+        for codebook, r, y in zip(self.codebooks, residuals, labels, strict=False):  # none where there is no codebook
+            codebook.start_from(to_rows(r), y)  # type: ignore[operator]
+            losses.append(codebook_loss(to_rows(r), codebook.codes, y))  # type: ignore[arg-type]
+        residuals = self.match_residuals(residuals)
+        constrained = self.constrain(residuals)
+        for f, r, y in zip(constrained, residuals, labels, strict=True):
+            rows = to_rows(f)
+            losses.append(one_class_loss(self.occ, rows, to_rows(r), y))
+            if self.constraintor_kind == "mlp" and self.occ != "none":
+                # Columns of unit length: as published, the term grows with the square of the number of positions.
+                losses.append(orthogonality(F.normalize(rows[y == 0], dim=0)))
+        return torch.stack(losses).sum() / len(residuals), [f.detach() for f in constrained]
 
     def flow_losses(
         self,
@@ -160,6 +233,7 @@ class ResADModel(nn.Module):
         batch_size: int,
         steps: int | None,
         push_pull_weight: float = 1.0,
+        warming_up: bool = False,
     ) -> Iterator[Tensor]:
         """Losses of the flow steps of one batch: every level in each step, over shuffled patch vectors.
 
@@ -172,6 +246,7 @@ class ResADModel(nn.Module):
             batch_size (int): Most patch vectors of a level in one step.
             steps (int | None): Most steps; ``None`` for all patches.
             push_pull_weight (float): Weight of the semi-push-pull terms (lambda).
+            warming_up (bool): Likelihood of normal positions alone, no other term.
 
         Yields:
             Tensor: The loss of one step, a scalar: the mean over the levels.
@@ -187,8 +262,28 @@ class ResADModel(nn.Module):
                 flow: PositionFlow = self.flows[level]  # type: ignore[assignment]
                 height, width = f.shape[-2:]
                 positions = flow.positions(height, width)[chosen % (height * width)] if flow.position_channels else None
-                log_p = flow.log_likelihood(to_rows(f)[chosen], positions)
+                likelihoods = flow.log_likelihoods(to_rows(f)[chosen], positions)
                 labels = mask.flatten()[chosen]
-                self.anomaly_map.update_ceiling(level, log_p, labels)
-                losses.append(negative_log_likelihood(log_p, labels) + push_pull_weight * semi_push_pull(log_p, labels))
+                self.anomaly_map.update_ceiling(level, likelihoods[0], labels)
+                losses.append(self._flow_loss(level, likelihoods, labels, push_pull_weight, warming_up))
             yield torch.stack(losses).mean()
+
+    def _flow_loss(
+        self, level: int, likelihoods: tuple[Tensor, Tensor], labels: Tensor, push_pull_weight: float, warming_up: bool
+    ) -> Tensor:
+        """Loss of one level's flow in one step, of its two log-likelihoods and the labels, all shape ``(N,)``."""
+        log_p, log_p_abnormal = likelihoods
+        barrier = self.push_pull == "log_barrier"
+        likelihood = log_barrier_likelihood if barrier else negative_log_likelihood
+        loss = likelihood(log_p, labels)
+        if warming_up:
+            return loss
+        if self.abnormal_gaussian:
+            loss = loss + likelihood(log_p_abnormal, 1 - labels) + focal(log_p, log_p_abnormal, labels)
+        if not barrier:
+            return loss + push_pull_weight * semi_push_pull(log_p, labels)
+        if bool((labels == 0).any()):
+            boundary = average_boundary(self.boundaries[level], normal_boundary(log_p[labels == 0]))
+            self.boundaries[level] = boundary
+            loss = loss + push_pull_weight * log_barrier_push_pull(log_p, labels, boundary)
+        return loss

@@ -10,7 +10,7 @@ import torch
 from anomalib.data import ImageBatch
 
 from anomalib_resad import ResAD, ResADModel
-from anomalib_resad.callback import FeatureCache, ReferencePools
+from anomalib_resad.callback import FeatureCache
 from anomalib_resad.photos import read_photo
 from tests.conftest import TINY, cross_category, product, quiet_engine
 from tests.test_backbone import Exploit
@@ -22,7 +22,6 @@ def scores(model: ResAD, data: object, folder: Path) -> torch.Tensor:
 
 
 def test_every_level_is_trained_and_the_backbone_is_not(products: Path, tmp_path: Path) -> None:
-    """Defect 1 of the published code: a level with fewer patches than the batch size was never trained."""
     model = ResAD(**TINY | {"flow_batch_size": 8192}, visualizer=False)
     before = {
         name: value.clone() for name, value in model.model.state_dict().items() if isinstance(value, torch.Tensor)
@@ -54,34 +53,15 @@ def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
     masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
     counts = [0, 0, 0]
     for level, flow in enumerate(model.flows):
-        original = flow.log_likelihood
+        original = flow.log_likelihoods
 
         def counted(vectors, positions, level=level, original=original):
             counts[level] += len(vectors)
             return original(vectors, positions)
 
-        flow.log_likelihood = counted
+        flow.log_likelihoods = counted
     assert len(list(model.flow_losses(features, masks, batch_size=300, steps=None))) == 3
     assert counts == [3 * 256, 3 * 64, 3 * 16]
-
-
-def test_references_of_training_images(products: Path) -> None:
-    """Defects 5 and 6: drawn per image, never the image itself, without replacement, seeded."""
-    data = cross_category(products)
-    data.setup()
-    pools = ReferencePools(data.train_data, data.val_data)
-    assert set(pools.good) == {"products/grain", "products/pill"}
-    good = pools.good["products/pill"]
-    for epoch in range(20):
-        drawn = pools.draw(good[0], 3, 0, epoch, good[0])
-        assert good[0] not in drawn
-        assert len(set(drawn)) == 3
-        assert set(drawn) <= set(good)
-        assert drawn == pools.draw(good[0], 3, 0, epoch, good[0])
-    assert len({tuple(pools.draw(path, 3, 0, 0, path)) for path in good}) > 1, "each image has a draw of its own"
-    assert not set(good) & set(data.val_data.samples.image_path), "held-out images are no references"
-    with pytest.raises(ValueError, match=r"k_shot=50, but products/pill has \d+ good training images"):
-        pools.draw(good[0], 50, 0)
 
 
 def test_feature_cache_is_bounded_and_exact() -> None:

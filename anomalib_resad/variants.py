@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The two published methods as settings of one model.
+
+``resad`` is the conference paper (NeurIPS 2024, arXiv 2410.20047), ``resad++`` its successor (IJCV 2026, arXiv
+2509.23741) as published in code (github.com/xcyao00/ResAD, commit 0afc30e). Each setting is a constructor argument of
+:class:`~anomalib_resad.lightning_model.ResAD`, so that every ablation is one more argument.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Variant = Literal["resad", "resad++"]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "resad": {
+        "match": "l2",
+        "residual": "difference",
+        "constraintor": "conv_bn_relu",
+        "occ": "abnormal_invariant",
+        "coupling_layers": 8,
+        "position_channels": 256,
+        "codebook_size": 0,
+        "efdm": 0.0,
+        "abnormal_gaussian": False,
+        "push_pull": "hinge",
+        "warmup": 0.0,
+    },
+    "resad++": {
+        "match": "cosine",
+        "residual": "squared",
+        "constraintor": "conv_bn_relu",
+        "occ": "log_barrier_bidirectional",
+        "coupling_layers": 10,
+        "position_channels": 256,
+        "codebook_size": 1536,
+        "efdm": 0.6,
+        "abnormal_gaussian": True,
+        "push_pull": "log_barrier",
+        "warmup": 0.1,
+    },
+}
+
+
+def resolve(variant: str, given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Fill the settings that were not given with the variant's.
+
+    Args:
+        variant (str): ``"resad"`` or ``"resad++"``.
+        given (Mapping[Any, Any]): Settings; ``None`` for the variant's value.
+
+    Returns:
+        dict[str, Any]: All settings of the variant, plain values.
+
+    Raises:
+        ValueError: If there is no such variant.
+    """
+    check_known("variant", variant, tuple(VARIANTS))
+    return {key: value if given.get(key) is None else given[key] for key, value in VARIANTS[variant].items()}
+
+
+def check_known(argument: str, value: object, known: tuple[Any, ...]) -> None:
+    """Refuse a value that an argument does not have.
+
+    Raises:
+        ValueError: If ``value`` is not among the known ones; the message lists them.
+    """
+    if value not in known:
+        msg = f"{argument}='{value}' is not known; use one of {known}."
+        raise ValueError(msg)
