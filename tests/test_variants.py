@@ -220,7 +220,7 @@ def test_checkpoints_from_before_the_variants(trained: Path, variant: str, tmp_p
 
 
 def test_batch_composition_changes_nothing(plus: ResAD, photos: Tensor) -> None:
-    """Exactly, from the features on; a backbone rounds differently with the batch size, and another code may be near."""
+    """Exactly, from the features on: a backbone rounds differently with the batch size, and a code may be as near."""
     together = evaluate(plus, photos)
     with torch.no_grad():
         features = plus.model.backbone(plus.pre_processor.transform(photos))
