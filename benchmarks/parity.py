@@ -23,6 +23,7 @@ from rich.table import Table
 
 from anomalib_resad import ResAD
 from anomalib_resad.photos import read_photo
+from benchmarks.settings import write_whole
 
 PRECISIONS: dict[str, dict[str, str]] = {"f32": {"INFERENCE_PRECISION_HINT": "f32"}, "default": {}}
 
@@ -89,9 +90,7 @@ def main(checkpoint: Path, exported: Path, photos: Path, output: Path, most: int
     Console().print(table)
     packages = {name: version(name) for name in ("anomalib", "torch", "openvino", "anomalib-resad")}
     record = {"photos": [path.name for path in paths], "versions": packages, "results": results}
-    temporary = output.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    temporary.replace(output)
+    write_whole(output, json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

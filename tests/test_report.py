@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "dataset": "ProductFolder",
     "categories": ["pill", "tile"],
     "source": "leave one category out",
-    "methods": {BASE: {}, NEW: {"init_args": {"weights": "/home/me/models/net.pth"}}, PARTIAL: {}},
+    "methods": {BASE: {}, NEW: {"init_args": {"weights": "/srv/models/net.pth"}}, PARTIAL: {}},
     "shots": [2],
     "draws": 2,
     "backbone": "resnet18",
@@ -55,7 +55,7 @@ def cell(method: str, category: str, draw: int, value: float | None, **changes: 
     row |= {"bank_bytes": 2_000_000, "peak_bytes": 5_000_000, "test_images": 10, "seconds": 1.0}
     if value is None:
         row |= dict.fromkeys((*METRICS, "latency_ms", "backbone_ms", "fit_seconds", "bank_bytes", "peak_bytes"))
-        row |= {"status": "failed", "error": "FileNotFoundError: /home/me/models/net.pth is not there"}
+        row |= {"status": "failed", "error": "FileNotFoundError: /srv/models/net.pth is not there"}
     return row | changes
 
 
@@ -215,7 +215,7 @@ def test_no_paths_of_this_machine(report: Path, tmp_path_factory: pytest.TempPat
     for name in ("results.csv", "summary.csv", "paired.csv", "leaderboard.md", "leaderboard.html"):
         text = (report / name).read_text()
         assert base not in text, name
-        assert "/home/me" not in text, name
+        assert "/srv/" not in text, name
     assert without_folders("see ~/a/b.pth or https://x.org/y/z") == "see …/b.pth or https://x.org/y/z"
 
 
