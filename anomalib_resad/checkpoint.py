@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Read a trained ResAD from a Lightning checkpoint, checked before anything is taken from it."""
+"""A trained ResAD in a Lightning checkpoint: checked when it is read, taken over, saved and restored."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from anomalib.pre_processing import PreProcessor
 from torch import Tensor
 
+from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.safe_load import load_weights_only
+from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.variants import VARIANTS
+
+logger = logging.getLogger(__name__)
 
 # What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
 # (`occ` and `push_pull` are losses, but training may go on from a checkpoint, whose boundary is kept with it.)
@@ -104,3 +110,76 @@ def _is_broken(key: str, value: Any) -> bool:  # noqa: ANN401
     """Whether a weight is not finite; ceilings and boundaries of an untrained level are NaN by design."""
     by_design = key in {"anomaly_map.ceilings", "boundaries"}
     return isinstance(value, Tensor) and not by_design and not bool(torch.isfinite(value.float()).all())
+
+
+# For the type checker only: anomalib lists the direct subclasses of AnomalibModule as models, and this is none.
+if TYPE_CHECKING:
+    from anomalib.models import AnomalibModule as _Module
+else:
+    _Module = object
+
+
+class CheckpointMixin(_Module):
+    """Builds the model that hyperparameters or a checkpoint describe, and keeps both true to each other.
+
+    Attributes:
+        model (ResADModel): The torch model.
+        keeps_bank (bool): Whether the bank came from a checkpoint that is being restored.
+    """
+
+    model: ResADModel
+    keeps_bank: bool = False
+
+    def _build(self) -> ResADModel:
+        """Make the torch model that the hyperparameters describe."""
+        settings = {key: self.hparams[key] for key in ARCHITECTURE}
+        return ResADModel(
+            **settings,
+            estimator=self.hparams["estimator"],
+            pre_trained=self.hparams["pre_trained"],
+            weights=self.hparams["weights"],
+        )
+
+    def _start_from(self, path: Path, own_pre_processor: bool) -> None:
+        """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
+
+        Raises:
+            ValueError: If the checkpoint cannot be used.
+            FileNotFoundError: If there is no such file.
+        """
+        trained = read_trained(path, self.hparams["estimator"])
+        taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
+        if taken:
+            logger.info("Settings taken from %s: %s.", path, taken)
+        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
+        self._adopt(trained.settings)
+        if trained.pre_processor and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
+            self.pre_processor.load_checkpoint_config(trained.pre_processor)
+        try:
+            self.model.load_state_dict(trained.model)
+            if isinstance(self.post_processor, RankKeepingPostProcessor):
+                self.post_processor.load_state_dict(trained.post_processor, strict=False)
+        except RuntimeError as error:
+            msg = f"{path} does not fit this version of ResAD: {error}"
+            raise ValueError(msg) from error
+
+    def _adopt(self, settings: dict[str, Any]) -> None:
+        """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
+        self.hparams.update(settings)
+        self.model = self._build()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
+        super().on_load_checkpoint(checkpoint)
+        self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
+        settings = architecture(checkpoint.get("hyper_parameters", {}))
+        other = {key: value for key, value in settings.items() if value != self.hparams.get(key)}
+        if other:
+            logger.warning("The checkpoint was made with %s; these settings are used.", other)
+            self._adopt(settings)
+            self.model.to(self.device)

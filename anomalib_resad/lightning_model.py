@@ -30,14 +30,14 @@ from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_resad.callback import FewShotReferences
-from anomalib_resad.checkpoint import ARCHITECTURE, architecture, read_trained
+from anomalib_resad.checkpoint import CheckpointMixin
 from anomalib_resad.constraintor import ConstraintorKind
 from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
 from anomalib_resad.reference_bank import Metric
 from anomalib_resad.synthetic import SyntheticDefects
-from anomalib_resad.torch_model import Estimator, ResADModel, Residual
+from anomalib_resad.torch_model import Estimator, Residual
 from anomalib_resad.variants import Variant, resolve
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     return [F.adaptive_max_pool2d(mask[:, None].float(), level.shape[-2:]).squeeze(1) for level in features]
 
 
-class ResAD(AnomalibModule):
+class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib's `to_onnx` is not Lightning's
     """Residual few-shot anomaly detection for categories that were never trained on.
 
     ``variant`` chooses a published method. The arguments from ``match`` to ``warmup`` change single settings of it:
@@ -145,7 +145,7 @@ class ResAD(AnomalibModule):
         self.hparams.update({"layers": list(layers), "image_size": list(image_size)})
         self.hparams.update(resolve(variant, self.hparams))
         if checkpoint is None:
-            self.model: ResADModel = self._build()
+            self.model = self._build()
         else:
             self._start_from(Path(checkpoint), own_pre_processor)
         self.is_trainable = checkpoint is None and estimator == "flow"
@@ -155,60 +155,6 @@ class ResAD(AnomalibModule):
         # References of each image of the current batch, set by FewShotReferences; None where the bank is used.
         self.batch_references: list[list[Tensor]] | None = None
         self.keeps_bank = False
-
-    def _build(self) -> ResADModel:
-        """Make the torch model that the hyperparameters describe."""
-        settings = {key: self.hparams[key] for key in ARCHITECTURE}
-        return ResADModel(
-            **settings,
-            estimator=self.hparams["estimator"],
-            pre_trained=self.hparams["pre_trained"],
-            weights=self.hparams["weights"],
-        )
-
-    def _start_from(self, path: Path, own_pre_processor: bool) -> None:
-        """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
-
-        Raises:
-            ValueError: If the checkpoint cannot be used.
-            FileNotFoundError: If there is no such file.
-        """
-        trained = read_trained(path, self.hparams["estimator"])
-        taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
-        if taken:
-            logger.info("Settings taken from %s: %s.", path, taken)
-        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
-        self._adopt(trained.settings)
-        if trained.pre_processor and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.load_checkpoint_config(trained.pre_processor)
-        try:
-            self.model.load_state_dict(trained.model)
-            if isinstance(self.post_processor, RankKeepingPostProcessor):
-                self.post_processor.load_state_dict(trained.post_processor, strict=False)
-        except RuntimeError as error:
-            msg = f"{path} does not fit this version of ResAD: {error}"
-            raise ValueError(msg) from error
-
-    def _adopt(self, settings: dict[str, Any]) -> None:
-        """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
-        self.hparams.update(settings)
-        self.model = self._build()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
-        super().on_load_checkpoint(checkpoint)
-        self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
-        settings = architecture(checkpoint.get("hyper_parameters", {}))
-        other = {key: value for key, value in settings.items() if value != self.hparams.get(key)}
-        if other:
-            logger.warning("The checkpoint was made with %s; these settings are used.", other)
-            self._adopt(settings)
-            self.model.to(self.device)
 
     # -- components ---------------------------------------------------------------------------------------------------
 
