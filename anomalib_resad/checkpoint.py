@@ -34,6 +34,7 @@ ARCHITECTURE = (
     "abnormal_gaussian",
     "push_pull",
     "sigma",
+    "image_size",
 )
 # Settings that checkpoints from before there were variants lack: those were all the first.
 ADDED = ("constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull")
@@ -96,7 +97,8 @@ def read_trained(path: Path, estimator: str) -> TrainedResAD:
     return TrainedResAD(
         settings=settings,
         model=model,
-        post_processor=_below("post_processor.", state),
+        # Thresholds belong to the scores of one estimator.
+        post_processor=_below("post_processor.", state) if hyper_parameters.get("estimator") == estimator else {},
         pre_processor=content.get("anomalib_pre_processor_config"),
     )
 

@@ -68,7 +68,7 @@ class ResADModel(nn.Module):
 
     Args:
         backbone (str): timm model name.
-        layers (Sequence[str]): Levels of the backbone.
+        layers (Sequence[str] | None): Levels of the backbone; by default see `backbone.Backbone.default_layers`.
         pre_trained (bool): Use timm's pretrained weights.
         weights (Path | str | None): Local backbone file instead.
         match (Metric): Which reference is the nearest, by ``"l2"`` (paper) or ``"cosine"``.
@@ -85,6 +85,7 @@ class ResADModel(nn.Module):
         sigma (float): Gaussian smoothing of the map in pixels.
         estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance of the same
             references, which needs no training.
+        image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand.
 
     Raises:
         ValueError: If an argument has an unknown or impossible value.
@@ -93,7 +94,7 @@ class ResADModel(nn.Module):
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        layers: Sequence[str] | None = None,
         pre_trained: bool = True,
         weights: Path | str | None = None,
         match: Metric = "l2",
@@ -108,6 +109,7 @@ class ResADModel(nn.Module):
         push_pull: PushPull = "hinge",
         sigma: float = 4.0,
         estimator: Estimator = "flow",
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         check_known("residual", residual, get_args(Residual))
@@ -125,7 +127,7 @@ class ResADModel(nn.Module):
         self.abnormal_gaussian = abnormal_gaussian
         self.push_pull: PushPull = push_pull
         self.estimator: Estimator = estimator
-        self.backbone = FeaturePyramid(backbone, layers, pre_trained, weights)
+        self.backbone = FeaturePyramid(backbone, layers, pre_trained, weights, image_size)
         channels = self.backbone.channels
         self.bank = ReferenceBank(channels, match)
         trained = channels if estimator == "flow" else []  # channels of the levels that have trainable parts
