@@ -12,11 +12,14 @@ from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.utils import LabelName
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from anomalib_resad.datamodule import category_name
+from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.photos import content_hash, draw, draw_references, list_photos, read_photo, seeded
+from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.reference_bank import to_rows
 
 if TYPE_CHECKING:
@@ -113,6 +116,8 @@ class FewShotReferences(Callback):
         references (Path | str | None): Folder of good photos.
         seed (int): Seed of the draws.
         cache_gb (float): Most memory for features of source references during training, in GB.
+        false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
+            references alone; ``None`` leaves the threshold as it is stored.
     """
 
     def __init__(
@@ -121,7 +126,9 @@ class FewShotReferences(Callback):
         references: Path | str | None = None,
         seed: int = 0,
         cache_gb: float = 2.0,
+        false_alarm_rate: float | None = None,
     ) -> None:
+        self.false_alarm_rate = false_alarm_rate
         self.k_shot = k_shot
         self.references = references
         self.seed = seed
@@ -180,11 +187,30 @@ class FewShotReferences(Callback):
             "seed": self.seed,
             "files": [{"name": Path(path).name, "sha256": content_hash(path)} for path in chosen],
         }
-        if record != bank.record:
+        if not record.items() <= bank.record.items():
             features = [self._features(pl_module, path) for path in chosen]
             bank.fill([torch.cat(level) for level in zip(*features, strict=True)], record)
             count = f"{len(chosen)} of {len(photos)} good photos of {where}"
             rank_zero_info(f"Enrolled {count} (seed {self.seed}): {_names(record)}")
+            if isinstance(pl_module.post_processor, RankKeepingPostProcessor):
+                pl_module.post_processor.forget_product()
+
+    def calibrate(self, pl_module: "ResAD") -> None:
+        """Give the enrolled product a threshold of its own, if one was wished; its scores are kept with the bank.
+
+        Raises:
+            ValueError: If the bank does not hold whole photos.
+        """
+        bank, post_processor = pl_module.model.bank, pl_module.post_processor
+        if self.false_alarm_rate is None or bank.is_empty or not isinstance(post_processor, RankKeepingPostProcessor):
+            return
+        scores = reference_scores(pl_module.model, pl_module.pre_processor)
+        post_processor.calibrate(scores, self.false_alarm_rate)
+        listed = ", ".join(f"{score:.3g}" for score in scores)
+        rank_zero_info(
+            f"Threshold {post_processor.image_threshold.item():.3g} at a wished false-alarm rate of "
+            f"{self.false_alarm_rate:g}; the references score {listed} against each other."
+        )
 
     @staticmethod
     def _target_category(datamodule: Any) -> str | None:  # noqa: ANN401
@@ -195,14 +221,23 @@ class FewShotReferences(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target early: the backbone is frozen, and each checkpoint then holds the bank."""
         self.enroll(trainer, pl_module)  # type: ignore[arg-type]
+        if not pl_module.is_trainable:
+            self.calibrate(pl_module)  # type: ignore[arg-type]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate anew after what was trained, before the checkpoint is saved."""
+        if trainer.state.fn == TrainerFn.FITTING and pl_module.is_trainable:
+            self.calibrate(pl_module)  # type: ignore[arg-type]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target."""
         self.enroll(trainer, pl_module)  # type: ignore[arg-type]
+        self.calibrate(pl_module)  # type: ignore[arg-type]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target."""
         self.enroll(trainer, pl_module)  # type: ignore[arg-type]
+        self.calibrate(pl_module)  # type: ignore[arg-type]
 
     # -- source images, each with references of its own ---------------------------------------------------------------
 

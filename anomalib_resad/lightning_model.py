@@ -25,13 +25,17 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_resad.backbone import choose_layers, describe
+from anomalib_resad.calibration import check_rate
 from anomalib_resad.callback import FewShotReferences
 from anomalib_resad.checkpoint import CheckpointMixin
 from anomalib_resad.constraintor import ConstraintorKind
+from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
@@ -48,7 +52,7 @@ def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     return [F.adaptive_max_pool2d(mask[:, None].float(), level.shape[-2:]).squeeze(1) for level in features]
 
 
-class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib's `to_onnx` is not Lightning's
+class ResAD(CheckpointMixin, AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
     ``variant`` chooses a published method. The arguments from ``match`` to ``warmup`` change single settings of it:
@@ -56,19 +60,23 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
 
     Args:
         backbone (str): timm model name of the frozen feature extractor.
-        layers (Sequence[str]): Levels of the backbone, as timm names them.
+        layers (Sequence[str] | None): Levels of the backbone, as timm names them; by default the strides 4, 8 and 16 of
+            a pyramid, and the blocks at the quarters of a vision transformer's depth.
         weights (Path | str | None): Local file with the backbone's weights (a timm state dict).
         pre_trained (bool): Use timm's pretrained weights if there is no ``weights``.
         k_shot (int): Reference photos of a category; 2 or 4 in the paper.
         references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.
         reference_seed (int): Seed of the draws of references.
+        false_alarm_rate (float | None): Wished share of good photos above the threshold. The enrolled product then gets
+            a threshold of its own, from its references alone: each is scored against the others. ``None`` uses the
+            stored threshold as it is.
         checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
             backbone and the method's settings are the checkpoint's.
         variant (Variant): ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
         match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
         residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
-        constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, or another of the papers' ablation;
-            ``"mlp"`` for levels of vision transformers.
+        constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, but ``"mlp"`` where the backbone is a
+            vision transformer; or another of the papers' ablation.
         occ (OneClass | None): The constraintor's loss, ``"abnormal_invariant"`` / ``"log_barrier_bidirectional"``; the
             others are these without their abnormal term and without their second side, and ``"none"``.
         coupling_layers (int | None): Coupling layers of each flow, 8 / 10.
@@ -91,7 +99,7 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
         weight_decay (float): Weight decay of Adam.
         flow_batch_size (int): Most patch vectors of a level in one flow step.
         flow_steps (int | None): Most flow steps per batch of images; ``None`` uses every patch, as the paper.
-        image_size (tuple[int, int]): Height and width that photos are resized to.
+        image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
         pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
         post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
         evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
@@ -105,12 +113,13 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
-        layers: Sequence[str] = ("layer1", "layer2", "layer3"),
+        layers: Sequence[str] | None = None,
         weights: Path | str | None = None,
         pre_trained: bool = True,
         k_shot: int = 4,
         references: Path | str | None = None,
         reference_seed: int = 0,
+        false_alarm_rate: float | None = None,
         checkpoint: Path | str | None = None,
         variant: Variant = "resad",
         match: Metric | None = None,
@@ -137,12 +146,16 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        if false_alarm_rate is not None:
+            check_rate(false_alarm_rate)
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
-            pre_processor = self.configure_pre_processor((image_size[0], image_size[1]))
+            pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         # Plain types only: a checkpoint is loaded with weights_only=True.
-        self.hparams.update({"layers": list(layers), "image_size": list(image_size)})
+        self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": list(image_size)})
+        if constraintor is None and describe(backbone).is_transformer:
+            self.hparams.update({"constraintor": "mlp"})  # its patches are no local pattern for a convolution
         self.hparams.update(resolve(variant, self.hparams))
         if checkpoint is None:
             self.model = self._build()
@@ -159,13 +172,20 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
     # -- components ---------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize with antialiasing (in exports too) and normalize with ImageNet statistics."""
+    def configure_pre_processor(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> PreProcessor:
+        """Resize with antialiasing (in exports too) and normalize as the backbone's pretrained weights expect it.
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width; 224 x 224 by default.
+            backbone (str | None): timm model name; ImageNet statistics by default.
+        """
+        mean: Sequence[float] = describe(backbone).mean if backbone else IMAGENET_DEFAULT_MEAN
+        std: Sequence[float] = describe(backbone).std if backbone else IMAGENET_DEFAULT_STD
         return ExactPreProcessor(
             Compose(
                 [
                     Resize(image_size or (224, 224), antialias=True),
-                    Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+                    Normalize(mean=list(mean), std=list(std)),
                 ]
             )
         )
@@ -179,7 +199,10 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
         components = super().configure_callbacks()
         assert isinstance(components, list)
         references = FewShotReferences(
-            self.hparams["k_shot"], self.hparams["references"], self.hparams["reference_seed"]
+            self.hparams["k_shot"],
+            self.hparams["references"],
+            self.hparams["reference_seed"],
+            false_alarm_rate=self.hparams["false_alarm_rate"],
         )
         return [SyntheticDefects(), *components[:1], references, *components[1:]]
 
@@ -197,14 +220,30 @@ class ResAD(CheckpointMixin, AnomalibModule):  # type: ignore[misc]  # anomalib'
         return arguments
 
     def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Export to OpenVINO as anomalib does, and say how to run it."""
+        """Export to OpenVINO as anomalib does, with the thresholds beside it, and say how to run it."""
         path = super().to_openvino(*args, **kwargs)
+        self._write_thresholds(path)
         logger.warning(
             "Run %s in float32: OpenVINOInferencer(path, config={'INFERENCE_PRECISION_HINT': 'f32'}). Where OpenVINO "
             "chooses bfloat16 by itself (CPUs with AMX or AVX512-BF16), its maps are of no use.",
             path,
         )
         return path
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401
+        """Export to ONNX as anomalib does, with the thresholds beside it."""
+        path = super().to_onnx(*args, **kwargs)
+        self._write_thresholds(path)
+        return path
+
+    def _write_thresholds(self, path: Path) -> None:
+        """Write what changes the threshold of an exported model, ``model.thresholds.json`` beside ``model.xml``."""
+        if isinstance(self.post_processor, RankKeepingPostProcessor):
+            known = "leave_one_out" in self.model.bank.record
+            scores = (
+                self.model.bank.record["leave_one_out"] if known else reference_scores(self.model, self.pre_processor)
+            )
+            self.post_processor.thresholds(scores).write(path.with_suffix(".thresholds.json"))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

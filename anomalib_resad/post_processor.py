@@ -3,12 +3,17 @@
 """A post-processor that keeps the ranking of the scores and, once it has a threshold, the threshold."""
 
 import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed import all_gather_object, get_world_size, is_initialized
+
+from anomalib_resad.calibration import Thresholds, least_rate, pooled_spread, product_threshold
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +29,92 @@ class RankKeepingPostProcessor(PostProcessor):
 
     Residual scores share one scale for all products, so a model that was trained elsewhere keeps the threshold and
     the range of its source categories: enrolling a product must not learn them from that product's labeled images.
+
+    A product may have thresholds of its own (:meth:`calibrate`), which stand in for those of the source and leave them
+    as they are. What the product's scores do not tell, how far good photos scatter, is learned with the threshold.
+
+    Attributes:
+        product_threshold (Tensor): Raw threshold of the enrolled product's scores; NaN for the source's.
+        spread (Tensor): Standard deviation of good images' raw scores within the source categories; NaN if unknown.
     """
 
     # Set by a model that has nothing left to train.
     keep_statistics: bool = False
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401  # anomalib's arguments
+        super().__init__(**kwargs)
+        self.register_buffer("product_threshold", torch.tensor(math.nan))
+        self.register_buffer("spread", torch.tensor(math.nan))
+        self.product_threshold: Tensor
+        self.spread: Tensor
+        self._scored: dict[str, float] = {}  # raw scores of good validation images by path
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        for name in ("product_threshold", "spread"):  # earlier checkpoints lack them
+            state_dict.setdefault(f"{prefix}{name}", torch.tensor(math.nan))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # -- of the product -----------------------------------------------------------------------------------------------
+
+    @property
+    def image_threshold(self) -> Tensor:
+        """Raw threshold of the scores: the product's, else the source's."""
+        return torch.where(torch.isnan(self.product_threshold), super().image_threshold, self.product_threshold)
+
+    @property
+    def pixel_threshold(self) -> Tensor:
+        """Raw threshold of the maps. It moves with that of the scores: a score is the maximum of a map."""
+        source = super().pixel_threshold
+        moved = source + self.product_threshold - super().image_threshold
+        moved = torch.where(torch.isnan(moved), self.product_threshold, moved)  # no source was learned from
+        return torch.where(torch.isnan(self.product_threshold), source, moved)
+
+    def calibrate(self, scores: Sequence[float], rate: float) -> None:
+        """Give the enrolled product a threshold of its own; see :func:`calibration.product_threshold`.
+
+        Args:
+            scores (Sequence[float]): Raw leave-one-out scores of its reference photos.
+            rate (float): Wished false-alarm rate.
+        """
+        if len(scores) < 2:
+            logger.warning(
+                "false_alarm_rate=%g needs two reference photos or more, each scored against the others; there is %d. "
+                "The source categories' threshold stays.",
+                rate,
+                len(scores),
+            )
+            self.forget_product()
+            return
+        self.product_threshold.fill_(product_threshold(scores, self.spread.item(), rate))
+        if rate < least_rate(len(scores)):
+            logger.warning(
+                "%d reference photos cannot show a false-alarm rate under %.0f %%; for the wished %g %% %s. Check the "
+                "labels on good photos, or enroll more.",
+                len(scores),
+                100 * least_rate(len(scores)),
+                100 * rate,
+                "their own scatter is extrapolated, a guess"
+                if math.isnan(self.spread.item())
+                else "the scatter of the source categories stands in",
+            )
+
+    def forget_product(self) -> None:
+        """Go back to the source categories' thresholds."""
+        self.product_threshold.fill_(math.nan)
+
+    def thresholds(self, scores: Sequence[float]) -> Thresholds:
+        """What goes beside an exported model; ``scores`` are the reference photos' leave-one-out scores."""
+        return Thresholds(
+            image_threshold=self.image_threshold.item(),
+            pixel_threshold=self.pixel_threshold.item(),
+            image_range=(self.image_min.item(), self.image_max.item()),
+            pixel_range=(self.pixel_min.item(), self.pixel_max.item()),
+            source_threshold=super().image_threshold.item(),
+            spread=self.spread.item(),
+            leave_one_out=tuple(scores),
+        )
+
+    # -- of the source ------------------------------------------------------------------------------------------------
 
     @property
     def has_statistics(self) -> bool:
@@ -37,7 +124,7 @@ class RankKeepingPostProcessor(PostProcessor):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if there is no threshold."""
         del trainer, pl_module
-        if self.enable_thresholding and not self.has_statistics:
+        if self.enable_thresholding and not self.has_statistics and torch.isnan(self.product_threshold):
             logger.warning(
                 "No threshold was learned, so labels and F1 mean nothing; AUROC is not affected. Train with validation "
                 "data (CrossCategory holds some out; other datamodules: val_split_mode), or pass a trained checkpoint."
@@ -54,8 +141,30 @@ class RankKeepingPostProcessor(PostProcessor):
         **kwargs: Any,  # noqa: ANN401
     ) -> None:
         """Collect scores, unless the statistics are to be kept."""
-        if not (self.keep_statistics and self.has_statistics):
-            super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if self.keep_statistics and self.has_statistics:
+            return
+        super().on_validation_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if outputs.gt_label is None or outputs.image_path is None:
+            return
+        scores = zip(outputs.image_path, outputs.pred_score.tolist(), outputs.gt_label.tolist(), strict=True)
+        self._scored.update({path: score for path, score, label in scores if not label})
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn thresholds, ranges and the spread, the same in every process of a distributed training."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        parts: list[Any] = [self._scored]
+        if is_initialized():
+            parts = [None] * get_world_size()
+            all_gather_object(parts, self._scored)
+        scored = {path: score for part in parts for path, score in part.items()}
+        self._scored = {}
+        if not scored:
+            return
+        samples = getattr(getattr(getattr(trainer, "datamodule", None), "val_data", None), "samples", None)
+        known = (
+            samples.set_index("image_path").category.to_dict() if samples is not None and "category" in samples else {}
+        )
+        self.spread.fill_(pooled_spread(list(scored.values()), [known.get(path, "") for path in scored]))
 
     @staticmethod
     def _normalize(
@@ -70,5 +179,6 @@ class RankKeepingPostProcessor(PostProcessor):
         value_range = norm_max - norm_min
         has_range = ~torch.isnan(norm_min) & ~torch.isnan(norm_max)
         u = 2 * (preds - threshold) / torch.where(value_range > 0, value_range, torch.ones_like(value_range))
-        u = torch.where(has_range, u, preds)
+        # Without a range the scale stays; without a threshold its zero stays too.
+        u = torch.where(has_range, u, preds - torch.nan_to_num(threshold))
         return 0.5 + u / (2 * (1 + u.abs()))

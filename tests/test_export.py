@@ -2,6 +2,7 @@
 
 """What is exported gives the numbers of evaluation, photo in, score and map out, in photos of any size."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from anomalib.deploy import OpenVINOInferencer
 from PIL import Image
 
 from anomalib_resad import ResAD
+from anomalib_resad.calibration import Thresholds
+from anomalib_resad.leave_one_out import leave_one_out
 from anomalib_resad.photos import read_photo
 from tests.conftest import TINY, quiet_engine
 
@@ -50,6 +53,28 @@ def test_openvino_inferencer_agrees_with_evaluation(
         np.testing.assert_allclose(theirs.pred_score.squeeze(), ours.pred_score.squeeze(), atol=1e-4)
         np.testing.assert_allclose(theirs.anomaly_map.squeeze(), ours.anomaly_map.squeeze(), atol=1e-4)
         assert bool(theirs.pred_label.squeeze()) == bool(ours.pred_label)
+
+
+def test_the_threshold_of_an_export_can_be_changed(exported: dict[str, Path], model: ResAD) -> None:
+    """By the file beside the exported model, to where the same threshold in the checkpoint would have put it."""
+    thresholds = Thresholds.read(exported["openvino"].with_suffix(".thresholds.json"))
+    assert thresholds == Thresholds.read(exported["onnx"].with_suffix(".thresholds.json"))
+    assert thresholds.at_source() == 0.5, "it was exported with this one"
+    compiled = openvino.Core().compile_model(exported["openvino"], "CPU", F32)
+    photos = torch.rand(6, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    theirs = compiled(photos.numpy())["pred_score"].reshape(-1)
+    with torch.no_grad():
+        raw = model.model(model.pre_processor.transform(photos)).pred_score
+    between = raw.sort().values[2:4].mean().item()
+    assert (theirs > thresholds.at_raw(between)).tolist() == (raw > between).tolist() != [False] * 6
+    scores = leave_one_out(model.model, 2, (64, 64))
+    assert thresholds.leave_one_out == pytest.approx(scores, abs=1e-6)
+    changed = copy.deepcopy(model.post_processor)
+    changed.calibrate(scores, 0.4)
+    assert thresholds.at_rate(0.4) == pytest.approx(thresholds.at_raw(changed.image_threshold.item()), abs=1e-6)
+    (exported["onnx"].parent / "bad.json").write_text('{"image_threshold": 1}')
+    with pytest.raises(ValueError, match=r"bad\.json holds no thresholds"):
+        Thresholds.read(exported["onnx"].parent / "bad.json")
 
 
 def test_openvino_batches_of_any_size(exported: dict[str, Path], model: ResAD) -> None:

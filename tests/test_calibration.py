@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The threshold that travels, and the one that a product gets from its own references."""
+
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from anomalib_resad import ResAD
+from anomalib_resad.calibration import Thresholds, least_rate, normalize, pooled_spread, product_threshold
+from anomalib_resad.leave_one_out import leave_one_out
+from anomalib_resad.photos import read_photo
+from tests.conftest import TINY, cross_category, product, quiet_engine
+
+
+def enroll(trained: Path, products: Path, folder: Path, **arguments: object) -> tuple[ResAD, Path]:
+    model = ResAD(checkpoint=trained, visualizer=False, **arguments)
+    engine = quiet_engine(folder)
+    engine.fit(model, datamodule=product(products, "tiles"))
+    return model, Path(engine.best_model_path)
+
+
+# -- the arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_rate_is_kept_where_the_source_scatters_as_the_product_does(k: int, rate: float) -> None:
+    """Over many products, the share of good photos above their threshold is the wished one."""
+    generator = np.random.default_rng(0)
+    alarms = []
+    for _ in range(3000):
+        location = generator.normal(5, 3)
+        threshold = product_threshold(generator.normal(location, 0.5, k), 0.5, rate)
+        alarms.append((generator.normal(location, 0.5, 30) > threshold).mean())
+    assert np.mean(alarms) == pytest.approx(rate, rel=0.15)
+
+
+def test_rate_is_kept_where_the_spread_is_unknown() -> None:
+    """With so few scores a normal distribution would alarm far too often."""
+    generator = np.random.default_rng(0)
+    alarms = [
+        (generator.normal(0, 1, 30) > product_threshold(generator.normal(0, 1, 3), math.nan, 0.05)).mean()
+        for _ in range(3000)
+    ]
+    assert np.mean(alarms) == pytest.approx(0.05, rel=0.15)
+
+
+def test_spread_is_the_one_within_the_categories() -> None:
+    generator = np.random.default_rng(1)
+    names = [name for name in "abcd" for _ in range(500)]
+    scores = [generator.normal(10 * "abcd".index(name), 0.7) for name in names]
+    assert pooled_spread(scores, names) == pytest.approx(0.7, rel=0.05)
+    assert np.std(scores) > 10
+    assert math.isnan(pooled_spread([1.0, 2.0], ["a", "b"])), "nothing is known where each category has one image"
+
+
+def test_stricter_rates_give_higher_thresholds_and_more_photos_narrower_ones() -> None:
+    rates = [product_threshold([1.0, 1.2], 0.1, rate) for rate in (0.5, 0.1, 0.01, 0.001)]
+    assert rates == sorted(set(rates))
+    assert product_threshold([1.0, 1.2], 0.1, 0.5) == pytest.approx(1.1), "half of the photos lie above the mean"
+    assert product_threshold([1.0, 1.2] * 4, 0.1, 0.01) < product_threshold([1.0, 1.2], 0.1, 0.01)
+    assert [least_rate(k) for k in (1, 4)] == [0.5, 0.2]
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 5])
+def test_impossible_rates_are_refused_at_once(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"false_alarm_rate={rate} must be a share"):
+        ResAD(**TINY, false_alarm_rate=rate)
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [1.0, math.nan]])
+def test_unusable_scores_are_refused_with_their_values(scores: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"finite scores of two or more reference photos, got \["):
+        product_threshold(scores, 0.1, 0.1)
+
+
+# -- leave one out ----------------------------------------------------------------------------------------------------
+
+
+def test_each_reference_is_scored_as_a_photo_is_against_the_others(
+    trained: Path, products: Path, tmp_path: Path
+) -> None:
+    """The same numbers as from a bank that was enrolled without it, photo in, score out."""
+    photos = sorted((products / "tiles" / "train" / "good").glob("*.png"))[:3]
+    model, _ = enroll(trained, products, tmp_path, references=products / "tiles" / "train" / "good", k_shot=6)
+    model.eval()
+    with torch.no_grad():
+        features = [model.model.backbone(model.pre_processor.transform(read_photo(path)[None])) for path in photos]
+        model.model.bank.fill([torch.cat(level) for level in zip(*features, strict=True)])
+        scores = leave_one_out(model.model, 3, (64, 64))
+        for index, path in enumerate(photos):
+            others = features[:index] + features[index + 1 :]
+            model.model.bank.fill([torch.cat(level) for level in zip(*others, strict=True)])
+            expected = model.model(model.pre_processor.transform(read_photo(path)[None])).pred_score
+            assert scores[index] == pytest.approx(expected.item(), abs=1e-6)
+    assert len(set(scores)) == 3
+
+
+def test_a_reduced_bank_is_refused(trained: Path) -> None:
+    model = ResAD(checkpoint=trained).model
+    model.train()
+    model.bank.fill([level[:-1].T[None, :, :, None] for level in model.bank.levels])
+    with pytest.raises(ValueError, match=r"rows, which are not 2 whole photos"):
+        leave_one_out(model, 2, (64, 64))
+    assert model.training, "the mode is given back after a failure too"
+
+
+# -- enrollment -------------------------------------------------------------------------------------------------------
+
+
+def test_a_product_gets_its_own_threshold_which_is_saved(
+    trained: Path, products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    source = ResAD(checkpoint=trained).post_processor
+    model, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.05)
+    scores = model.model.bank.record["leave_one_out"]
+    assert len(scores) == 4
+    expected = product_threshold(scores, source.spread.item(), 0.05)
+    assert "4 reference photos cannot show a false-alarm rate under 20 %" in caplog.text
+    for restored in (ResAD.load_from_checkpoint(checkpoint), ResAD(checkpoint=checkpoint)):
+        post_processor = restored.post_processor
+        assert post_processor.image_threshold.item() == pytest.approx(expected)
+        shift = expected - source.image_threshold.item()
+        assert post_processor.pixel_threshold.item() == pytest.approx(source.pixel_threshold.item() + shift)
+        assert torch.equal(post_processor._image_threshold, source._image_threshold), "the source's is kept"
+        assert restored.model.bank.record["leave_one_out"] == scores
+    batch = restored.post_processor(restored.eval().model(torch.zeros(1, 3, 64, 64)))
+    assert bool(batch.pred_label) == (batch.pred_score.item() > 0.5)
+
+
+def test_another_product_does_not_inherit_it(trained: Path, products: Path, tmp_path: Path) -> None:
+    _, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.05)
+    other = ResAD(checkpoint=checkpoint, k_shot=4, visualizer=False)
+    assert not torch.isnan(other.post_processor.product_threshold)
+    quiet_engine(tmp_path).test(other, datamodule=product(products, "pill"), verbose=False)
+    assert torch.isnan(other.post_processor.product_threshold)
+
+
+def test_one_reference_keeps_the_stored_threshold_and_says_so(
+    trained: Path, products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    model, _ = enroll(trained, products, tmp_path, k_shot=1, false_alarm_rate=0.2)
+    assert torch.isnan(model.post_processor.product_threshold)
+    assert "needs two reference photos or more" in caplog.text
+
+
+def test_the_training_itself_can_calibrate(products: Path, tmp_path: Path) -> None:
+    """With the weights that are saved, not with those at the start; and it learns the spread with the threshold."""
+    model = ResAD(**TINY, false_alarm_rate=0.3, visualizer=False)
+    engine = quiet_engine(tmp_path, max_epochs=1)
+    data = cross_category(products)
+    data.val_ratio = 0.4  # three good photos of each category, which have a scatter
+    engine.fit(model, datamodule=data)
+    saved = ResAD.load_from_checkpoint(engine.best_model_path).eval()
+    expected = leave_one_out(saved.model, 2, (64, 64))
+    assert saved.model.bank.record["leave_one_out"] == pytest.approx(expected, abs=1e-6)
+    assert 0 < saved.post_processor.spread < 3
+    threshold = product_threshold(expected, saved.post_processor.spread.item(), 0.3)
+    assert saved.post_processor.image_threshold.item() == pytest.approx(threshold, abs=1e-5)
+
+
+def test_distance_without_any_training_gets_labels(products: Path, tmp_path: Path) -> None:
+    """Nothing was learned on a source: the scatter is the references' own, and scores are relative to the threshold."""
+    model = ResAD(**TINY | {"k_shot": 6}, estimator="distance", false_alarm_rate=0.1, visualizer=False)
+    data = product(products, "tiles")
+    batches = quiet_engine(tmp_path).predict(model, datamodule=data, return_predictions=True)
+    scores = model.model.bank.record["leave_one_out"]
+    assert model.post_processor.image_threshold.item() == pytest.approx(product_threshold(scores, math.nan, 0.1))
+    for batch in batches:
+        assert batch.pred_label.tolist() == (batch.pred_score > 0.5).tolist()
+        assert ((batch.pred_score > 0) & (batch.pred_score < 1)).all()
+
+
+def test_thresholds_of_a_flow_are_not_those_of_distances(trained: Path) -> None:
+    assert not ResAD(checkpoint=trained, estimator="distance").post_processor.has_statistics
+
+
+def test_earlier_checkpoints_have_no_spread(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained, weights_only=True)
+    for name in ("product_threshold", "spread"):
+        del content["state_dict"][f"post_processor.{name}"]
+    torch.save(content, tmp_path / "earlier.ckpt")
+    for model in (ResAD.load_from_checkpoint(tmp_path / "earlier.ckpt"), ResAD(checkpoint=tmp_path / "earlier.ckpt")):
+        assert model.post_processor.has_statistics
+        assert torch.isnan(model.post_processor.spread)
+        model.post_processor.calibrate([1.0, 1.1, 1.3, 1.2], 0.3)
+        assert model.post_processor.image_threshold.item() == pytest.approx(
+            product_threshold([1.0, 1.1, 1.3, 1.2], math.nan, 0.3)
+        )
+
+
+# -- beside exports ---------------------------------------------------------------------------------------------------
+
+
+def test_thresholds_survive_the_file(tmp_path: Path) -> None:
+    thresholds = Thresholds(1.0, math.nan, (0.5, 2.0), (math.nan, math.nan), math.nan, 0.1, (1.0, 1.1))
+    thresholds.write(tmp_path / "model.thresholds.json")
+    assert "NaN" not in (tmp_path / "model.thresholds.json").read_text(), "that would be no JSON"
+    assert repr(Thresholds.read(tmp_path / "model.thresholds.json")) == repr(thresholds)
+
+
+def test_normalize_is_what_the_model_does() -> None:
+    model = ResAD(**TINY)
+    for name, value in (("_image_threshold", 1.2), ("image_min", 0.5), ("image_max", 2.5)):
+        getattr(model.post_processor, name).fill_(value)
+    scores = torch.linspace(-3, 5, 9)
+    ours = model.post_processor._normalize(
+        scores, model.post_processor.image_min, model.post_processor.image_max, model.post_processor.image_threshold
+    )
+    np.testing.assert_allclose([normalize(score, 1.2, 0.5, 2.5) for score in scores.tolist()], ours, atol=1e-6)
+    without = model.post_processor._normalize(scores, *(torch.tensor(math.nan),) * 3)
+    np.testing.assert_allclose([normalize(score, *[math.nan] * 3) for score in scores.tolist()], without, atol=1e-6)
