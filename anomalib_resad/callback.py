@@ -2,8 +2,6 @@
 
 """Reference photos for the model: drawn anew for each training image, enrolled once for test, predict and export."""
 
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from anomalib_resad.datamodule import category_name
+from anomalib_resad.feature_cache import FeatureCache
 from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.photos import content_hash, draw, draw_references, list_photos, read_photo, seeded
 from anomalib_resad.post_processor import RankKeepingPostProcessor
@@ -26,36 +25,6 @@ if TYPE_CHECKING:
     from anomalib_resad.lightning_model import ResAD
 
 WHOLE = "data"  # category of datamodules that have only one
-
-
-class FeatureCache:
-    """Features of photos by path, the least recently used dropped first.
-
-    Args:
-        max_bytes (int): Most bytes of features kept.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.bytes = 0
-        self._kept: OrderedDict[str, list[Tensor]] = OrderedDict()
-
-    def get(self, path: str, compute: Callable[[str], list[Tensor]]) -> list[Tensor]:
-        """Return the features of a photo, computed if they are not kept."""
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
-        features = compute(path)
-        self._kept[path] = features
-        self.bytes += self._size(features)
-        while self.bytes > self.max_bytes:
-            _, dropped = self._kept.popitem(last=False)
-            self.bytes -= self._size(dropped)
-        return features
-
-    @staticmethod
-    def _size(features: list[Tensor]) -> int:
-        return sum(level.nbytes for level in features)
 
 
 class ReferencePools:
@@ -115,7 +84,7 @@ class FewShotReferences(Callback):
         k_shot (int): Reference photos of a category.
         references (Path | str | None): Folder of good photos.
         seed (int): Seed of the draws.
-        cache_gb (float): Most memory for features of source references during training, in GB.
+        cache_gb (float): Most memory for features of source images during training, in GB.
         false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
             references alone; ``None`` leaves the threshold as it is stored.
     """
@@ -132,7 +101,7 @@ class FewShotReferences(Callback):
         self.k_shot = k_shot
         self.references = references
         self.seed = seed
-        self._cache = FeatureCache(int(cache_gb * 1e9))
+        self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
 
     def _features(self, pl_module: "ResAD", path: str) -> list[Tensor]:
@@ -141,15 +110,17 @@ class FewShotReferences(Callback):
         pre_processor = pl_module.pre_processor
         if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
             photo = pre_processor.transform(photo)
-        return pl_module.model.backbone(photo.to(pl_module.device))
+        return pl_module.model.encode(photo.to(pl_module.device))
 
     def _rows(self, pl_module: "ResAD", paths: list[str]) -> list[Tensor]:
         """Bank rows of some photos, ``(N_l, C_l)`` per level."""
-
-        def compute(path: str) -> list[Tensor]:
-            return [to_rows(level) for level in self._features(pl_module, path)]
-
-        photos = [self._cache.get(path, compute) for path in paths]
+        photos = []
+        for path in paths:
+            features = self.cache.get(path)
+            if features is None:
+                features = [level[0] for level in self._features(pl_module, path)]
+                self.cache.put(path, features)
+            photos.append([to_rows(level[None]) for level in features])
         return [torch.cat(level) for level in zip(*photos, strict=True)]
 
     # -- enrollment --------------------------------------------------------------------------------------------------
@@ -262,6 +233,34 @@ class FewShotReferences(Callback):
         keys = (self.seed, trainer.current_epoch)
         drawn = [self._pools.draw(path, self.k_shot, *keys, path) for path in batch.image_path]
         model.batch_references = [self._rows(model, paths) for paths in drawn]
+        model.batch_features = self._batch_features(model, batch)
+
+    @torch.no_grad()
+    def _batch_features(self, model: "ResAD", batch: ImageBatch) -> list[Tensor]:
+        """Features of a training batch: the backbone is frozen, so each picture needs it once in a training.
+
+        Kept by path, and by path and number for a painted version of a photo, with its mask behind the features.
+        """
+        assert batch.image is not None
+        assert batch.image_path is not None
+        names = model.batch_versions or batch.image_path
+        features: list[list[Tensor]] = [self.cache.get(name) or [] for name in names]
+        missing = [index for index, kept in enumerate(features) if not kept]
+        if missing:
+            computed = model.model.encode(batch.image[missing])
+            for index, *levels in zip(missing, *computed, strict=True):
+                features[index] = [level.clone() for level in levels]
+                painted = names[index] != batch.image_path[index]
+                mask = [batch.gt_mask[index]] if painted and batch.gt_mask is not None else []
+                self.cache.put(names[index], features[index] + mask)
+        depth = len(model.model.bank.levels)
+        return [torch.stack(level) for level in zip(*(kept[:depth] for kept in features), strict=True)]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once how much memory the features take."""
+        del pl_module
+        if trainer.current_epoch == 0 and len(self.cache):
+            rank_zero_info(f"Features of {self.cache} are kept.")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target where validation is not about source images."""
@@ -295,7 +294,7 @@ class FewShotReferences(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
         """Drop the references of the batch."""
         del trainer, args
-        pl_module.batch_references = None  # type: ignore[assignment]
+        pl_module.batch_references = pl_module.batch_features = None  # type: ignore[assignment]
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
         """Drop the references of the batch."""
@@ -303,6 +302,6 @@ class FewShotReferences(Callback):
         pl_module.batch_references = None  # type: ignore[assignment]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Free the features of source references."""
+        """Free the features of source images."""
         del trainer, pl_module
-        self._cache = FeatureCache(self._cache.max_bytes)
+        self.cache.clear()

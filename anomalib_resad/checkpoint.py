@@ -35,11 +35,13 @@ ARCHITECTURE = (
     "push_pull",
     "sigma",
     "image_size",
+    "projection",
+    "estimator",
 )
 # Settings that checkpoints from before there were variants lack: those were all the first.
-ADDED = ("constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull")
+ADDED = ("constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull", "projection", "estimator")
 EARLIER = {"variant": "resad"} | {key: VARIANTS["resad"][key] for key in ADDED}
-TRAINED_PARTS = ("codebooks", "fusion", "constraintors", "flows", "boundaries")
+TRAINED_PARTS = ("codebooks", "fusion", "constraintors", "flows", "boundaries", "head")
 
 
 @dataclass
@@ -65,12 +67,12 @@ def architecture(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
     return EARLIER | found if found else {}
 
 
-def read_trained(path: Path, estimator: str) -> TrainedResAD:
+def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
     """Read a checkpoint.
 
     Args:
         path (Path): The checkpoint.
-        estimator (str): ``"flow"`` if the trained parts are wanted, ``"distance"`` if not.
+        estimator (str | None): ``"distance"`` if the trained parts are not wanted; ``None`` for the checkpoint's own.
 
     Raises:
         ValueError: If the file is damaged, unsafe, no ResAD, never trained, or of a training that diverged.
@@ -84,10 +86,14 @@ def read_trained(path: Path, estimator: str) -> TrainedResAD:
         msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
         raise ValueError(msg)
     model = _below("model.", state)
+    made_with = settings["estimator"]
+    if estimator not in (None, "distance", made_with):
+        msg = f"{path} was made with estimator='{made_with}', not '{estimator}': leave estimator out."
+        raise ValueError(msg)
+    settings["estimator"] = estimator or made_with
     if estimator == "distance":
         model = {key: value for key, value in model.items() if not key.startswith(TRAINED_PARTS)}
     elif not any(key.startswith(TRAINED_PARTS) for key in model):
-        made_with = hyper_parameters.get("estimator")
         msg = f"{path} was never trained (estimator '{made_with}'): pass estimator='distance' too."
         raise ValueError(msg)
     broken = [key for key, value in model.items() if _is_broken(key, value)]
@@ -98,7 +104,7 @@ def read_trained(path: Path, estimator: str) -> TrainedResAD:
         settings=settings,
         model=model,
         # Thresholds belong to the scores of one estimator.
-        post_processor=_below("post_processor.", state) if hyper_parameters.get("estimator") == estimator else {},
+        post_processor=_below("post_processor.", state) if settings["estimator"] == made_with else {},
         pre_processor=content.get("anomalib_pre_processor_config"),
     )
 
@@ -137,19 +143,18 @@ class CheckpointMixin(_Module):
         settings = {key: self.hparams[key] for key in ARCHITECTURE}
         return ResADModel(
             **settings,
-            estimator=self.hparams["estimator"],
             pre_trained=self.hparams["pre_trained"],
             weights=self.hparams["weights"],
         )
 
-    def _start_from(self, path: Path, own_pre_processor: bool) -> None:
+    def _start_from(self, path: Path, estimator: str | None, own_pre_processor: bool) -> None:
         """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
 
         Raises:
             ValueError: If the checkpoint cannot be used.
             FileNotFoundError: If there is no such file.
         """
-        trained = read_trained(path, self.hparams["estimator"])
+        trained = read_trained(path, estimator)
         taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
         if taken:
             logger.info("Settings taken from %s: %s.", path, taken)

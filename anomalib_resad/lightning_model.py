@@ -55,8 +55,8 @@ def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 class ResAD(CheckpointMixin, AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
-    ``variant`` chooses a published method. The arguments from ``match`` to ``warmup`` change single settings of it:
-    left at ``None``, they take the variant's value, given in their descriptions as ResAD / ResAD++.
+    ``variant`` chooses the method, this package's default or a published one. Arguments that are left at ``None`` take
+    the variant's value; for the published ones it is given in the descriptions, as ResAD / ResAD++.
 
     Args:
         backbone (str): timm model name of the frozen feature extractor.
@@ -72,7 +72,8 @@ class ResAD(CheckpointMixin, AnomalibModule):
             stored threshold as it is.
         checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
             backbone and the method's settings are the checkpoint's.
-        variant (Variant): ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
+        variant (Variant): ``"fused"``, fast and with little training; ``"resad"`` (conference paper) or ``"resad++"``
+            (its successor).
         match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
         residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
         constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, but ``"mlp"`` where the backbone is a
@@ -91,14 +92,20 @@ class ResAD(CheckpointMixin, AnomalibModule):
         warmup (float | None): Share of the training in which the flows learn the likelihood of normal patches alone,
             0 / 0.1. A share, and counted in batches, so that short trainings warm up too; 10 of 100 epochs as
             published.
-        estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance, which needs no
-            training.
+        estimator (Estimator | None): ``"flow"`` in both, ``"fused"`` (a small head) in the default, or ``"distance"``
+            for the plain nearest-neighbor distance, which needs no training.
+        projection (int | None): Channels of the keys by which joined levels are matched, 128 in the default; 0 in
+            both, which match each level by itself.
+        synthetic (float | None): Share of good training images that get a painted defect, 0.5 in the default, 0 in
+            both. Where there are no real defects, half of the images get one in any case.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
-        lr (float): Learning rate of Adam; x 0.1 after 70 % and 90 % of the epochs.
+        lr (float | None): Learning rate of Adam, 1e-3 in the default, 1e-5 in both; x 0.1 after 70 % and 90 % of the
+            epochs.
         weight_decay (float): Weight decay of Adam.
         flow_batch_size (int): Most patch vectors of a level in one flow step.
         flow_steps (int | None): Most flow steps per batch of images; ``None`` uses every patch, as the paper.
+        cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
         image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
         pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
         post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
@@ -121,7 +128,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
         reference_seed: int = 0,
         false_alarm_rate: float | None = None,
         checkpoint: Path | str | None = None,
-        variant: Variant = "resad",
+        variant: Variant = "fused",
         match: Metric | None = None,
         residual: Residual | None = None,
         constraintor: ConstraintorKind | None = None,
@@ -133,13 +140,16 @@ class ResAD(CheckpointMixin, AnomalibModule):
         abnormal_gaussian: bool | None = None,
         push_pull: PushPull | None = None,
         warmup: float | None = None,
-        estimator: Estimator = "flow",
+        estimator: Estimator | None = None,
+        projection: int | None = None,
+        synthetic: float | None = None,
         sigma: float = 4.0,
         push_pull_weight: float = 1.0,
-        lr: float = 1e-5,
+        lr: float | None = None,
         weight_decay: float = 5e-4,
         flow_batch_size: int = 8192,
         flow_steps: int | None = None,
+        cache_gb: float = 2.0,
         image_size: tuple[int, int] = (224, 224),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -160,13 +170,17 @@ class ResAD(CheckpointMixin, AnomalibModule):
         if checkpoint is None:
             self.model = self._build()
         else:
-            self._start_from(Path(checkpoint), own_pre_processor)
-        self.is_trainable = checkpoint is None and estimator == "flow"
+            self._start_from(Path(checkpoint), estimator, own_pre_processor)
+        self.is_trainable = checkpoint is None and self.hparams["estimator"] != "distance"
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
         # References of each image of the current batch, set by FewShotReferences; None where the bank is used.
         self.batch_references: list[list[Tensor]] | None = None
+        # Features of the current training batch, from the same place.
+        self.batch_features: list[Tensor] | None = None
+        # Names of its images, a number behind those that SyntheticDefects painted on.
+        self.batch_versions: list[str] | None = None
         self.keeps_bank = False
 
     # -- components ---------------------------------------------------------------------------------------------------
@@ -202,9 +216,11 @@ class ResAD(CheckpointMixin, AnomalibModule):
             self.hparams["k_shot"],
             self.hparams["references"],
             self.hparams["reference_seed"],
+            cache_gb=self.hparams["cache_gb"],
             false_alarm_rate=self.hparams["false_alarm_rate"],
         )
-        return [SyntheticDefects(), *components[:1], references, *components[1:]]
+        defects = SyntheticDefects(self.hparams["synthetic"], self.hparams["reference_seed"], references.cache)
+        return [defects, *components[:1], references, *components[1:]]
 
     @property
     def learning_type(self) -> LearningType:
@@ -255,9 +271,8 @@ class ResAD(CheckpointMixin, AnomalibModule):
         if not self.is_trainable:
             return None
         codes = list(self.model.codebooks.parameters())
-        networks = [*self.model.constraintors.parameters(), *self.model.flows.parameters()]
-        if self.model.fusion is not None:
-            networks += self.model.fusion.parameters()
+        trained = (self.model.constraintors, self.model.flows, self.model.fusion, self.model.head)
+        networks = [each for part in trained if part is not None for each in part.parameters()]
         groups: list[dict[str, Any]] = [{"params": [each for each in networks if each.requires_grad]}]
         if codes:
             groups.append({"params": codes, "weight_decay": 0.0})  # decay would draw the codes away from the residuals
@@ -281,7 +296,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
         return self.current_epoch + done < self.hparams["warmup"] * self._epochs
 
     def training_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
-        """One step of the constraintor, several of the flow over shuffled patches.
+        """One step of the head, or one of the constraintor and several of the flow over shuffled patches.
 
         Raises:
             ValueError: If a defective image has no mask.
@@ -289,11 +304,35 @@ class ResAD(CheckpointMixin, AnomalibModule):
         del args, kwargs
         if not self.is_trainable:
             return torch.zeros((), device=self.device, requires_grad=True)
+        train = self._train_flow if self.model.head is None else self._train_head
+        losses = train(self._mask_of(batch))
+        size = len(self.batch_features[0]) if self.batch_features else 0
+        self.log_dict(losses, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
+        return None
+
+    def _train_head(self, mask: Tensor) -> dict[str, Tensor]:
+        """Train the head on a batch whose defects ``mask`` marks, shape ``(B, H, W)``."""
         assert self.batch_references is not None
-        assert batch.image is not None
-        features = self.model.backbone(batch.image)
-        matched = self.model.match_each(features, self.batch_references)
-        masks = level_masks(self._mask_of(batch), features)
+        assert self.batch_features is not None
+        height, width = self.batch_features[0].shape[-2:]
+        shares = F.adaptive_avg_pool2d(mask[:, None].float(), (height, width)).squeeze(1)
+        loss = self.model.head_loss(self.batch_features, self.batch_references, shares)
+        self._step(loss)
+        return {"train_head": loss.detach()}
+
+    def _step(self, loss: Tensor) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.manual_backward(loss)
+        optimizer.step()  # type: ignore[union-attr]
+
+    def _train_flow(self, mask: Tensor) -> dict[str, Tensor]:
+        """Train constraintor, codebook and flow on a batch whose defects ``mask`` marks, shape ``(B, H, W)``."""
+        assert self.batch_references is not None
+        assert self.batch_features is not None
+        matched = self.model.match_each(self.batch_features, self.batch_references)
+        features = self.batch_features[: len(matched)]
+        masks = level_masks(mask, features)
         optimizer = self.optimizers()
         occ, constrained = self.model.constrain_loss(features, matched, masks)
         optimizer.zero_grad()  # type: ignore[union-attr]
@@ -312,14 +351,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
             self.manual_backward(flow_loss)
             optimizer.step()  # type: ignore[union-attr]
             optimizer.zero_grad()  # type: ignore[union-attr]
-        self.log_dict(
-            {"train_occ": occ.detach(), "train_flow": flow_loss.detach()},
-            prog_bar=True,
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(batch.image),
-        )
-        return None
+        return {"train_occ": occ.detach(), "train_flow": flow_loss.detach()}
 
     @staticmethod
     def _mask_of(batch: ImageBatch) -> Tensor:
@@ -344,7 +376,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
         if self.batch_references is None:
             predictions = self.model(batch.image)
         else:
-            features = self.model.backbone(batch.image)
+            features = self.model.encode(batch.image)
             matched = self.model.match_each(features, self.batch_references)
             predictions = self.model.score(features, matched, batch.image.shape[-2:])
         return batch.update(**predictions._asdict())

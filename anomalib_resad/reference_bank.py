@@ -72,7 +72,9 @@ def to_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
-def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
+def match(
+    features: Tensor, rows: Tensor, metric: Metric = "l2", keys: Tensor | None = None, row_keys: Tensor | None = None
+) -> Tensor:
     """Replace each patch feature by its nearest bank row.
 
     Images are searched one by one, which is faster on a CPU (the similarities stay in its cache), bounds the memory,
@@ -82,14 +84,17 @@ def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
         features (Tensor): Feature map, shape ``(B, C, H, W)``.
         rows (Tensor): Bank rows, shape ``(N, C)``.
         metric (Metric): ``"l2"`` or ``"cosine"``.
+        keys (Tensor | None): What the features are searched by, shape ``(B, K, H, W)``; by default themselves.
+        row_keys (Tensor | None): What the rows are searched by, shape ``(N, K)``; by default themselves.
 
     Returns:
         Tensor: Matched references, shape ``(B, C, H, W)``.
     """
     batch, channels, height, width = features.shape
-    queries = to_rows(features)
+    queries = to_rows(features if keys is None else keys)
+    among = rows if row_keys is None else row_keys
     blocks = [queries] if torch.compiler.is_compiling() else queries.split(height * width)
-    matched = torch.cat([rows[nearest_rows(block, rows, metric)] for block in blocks])  # (B * H * W, C)
+    matched = torch.cat([rows[nearest_rows(block, among, metric)] for block in blocks])  # (B * H * W, C)
     return matched.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -102,18 +107,20 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
     Args:
         channels (Sequence[int]): Channels of each level.
         metric (Metric): ``"l2"`` or ``"cosine"``.
+        keyed (bool): Whether the last level holds the keys by which the first ones are searched.
 
     Attributes:
         record (dict[str, Any]): Where the rows come from: ``category``, ``origin``, ``k_shot``, ``seed`` and ``files``
             (names and content hashes).
     """
 
-    def __init__(self, channels: Sequence[int], metric: Metric = "l2") -> None:
+    def __init__(self, channels: Sequence[int], metric: Metric = "l2", keyed: bool = False) -> None:
         super().__init__()
         if metric not in ("l2", "cosine"):
             msg = f"match='{metric}' is not known; use 'l2' or 'cosine'."
             raise ValueError(msg)
         self.metric: Metric = metric
+        self.keyed = keyed
         self.record: dict[str, Any] = {}
         self._channels = tuple(channels)
         for level, count in enumerate(channels):
@@ -158,7 +165,7 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
             features (Sequence[Tensor]): One feature map per level, shape ``(B, C_l, H_l, W_l)``.
 
         Returns:
-            list[Tensor]: Matched references, of the same shapes.
+            list[Tensor]: Matched references, of the same shapes; none for keys.
 
         Raises:
             RuntimeError: If the bank is empty.
@@ -169,7 +176,15 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
                 "`references=<folder of good photos>`, test with a datamodule, or load an enrolled checkpoint."
             )
             raise RuntimeError(msg)
-        return [match(level, rows, self.metric) for level, rows in zip(features, self.levels, strict=True)]
+        return self.match(features, self.levels)
+
+    def match(self, features: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
+        """Match every level against rows ``(N_l, C_l)`` that need not be the bank's own, in the bank's way."""
+        pairs = list(zip(features, rows, strict=True))
+        if not self.keyed:
+            return [match(level, values, self.metric) for level, values in pairs]
+        keys, row_keys = pairs.pop()
+        return [match(level, values, self.metric, keys, row_keys) for level, values in pairs]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The record travels in the state dict."""

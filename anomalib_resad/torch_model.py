@@ -4,7 +4,8 @@
 
 Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047, and
 "ResAD++: Towards Class Agnostic Anomaly Detection via Residual Feature Learning", IJCV 2026, arXiv 2509.23741. The
-constructor's defaults are the first; ``ResADModel(**settings)`` with those of ``variants.py`` makes either.
+constructor's defaults are the first; ``ResADModel(**settings)`` with those of ``variants.py`` makes either, or the
+default of this package, whose levels are joined and whose head takes the place of constraintor and flow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,9 @@ from anomalib_resad.anomaly_map import AnomalyMapGenerator, fuse
 from anomalib_resad.backbone import FeaturePyramid
 from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
 from anomalib_resad.constraintor import ConstraintorKind, make_constraintors
+from anomalib_resad.embedding import JoinedLevels
 from anomalib_resad.flow import PositionFlow
+from anomalib_resad.head import FusedHead
 from anomalib_resad.loss import (
     OneClass,
     PushPull,
@@ -35,11 +38,16 @@ from anomalib_resad.loss import (
     orthogonality,
     semi_push_pull,
 )
-from anomalib_resad.reference_bank import Metric, ReferenceBank, match, to_rows
+from anomalib_resad.reference_bank import Metric, ReferenceBank, nearest_rows, to_rows
 from anomalib_resad.variants import check_known
 
 Residual = Literal["none", "difference", "squared"]
-Estimator = Literal["flow", "distance"]
+Estimator = Literal["fused", "flow", "distance"]
+
+# Share of a training image's normal patches that the head is trained on; matching them all would be most of its cost.
+NORMAL_SHARE = 0.25
+# Least share of a patch that a defect must cover for the patch to be abnormal; patches with less belong to no class.
+ABNORMAL_SHARE = 0.1
 
 
 def residual(features: Tensor, matched: Tensor, kind: Residual = "difference") -> Tensor:
@@ -83,8 +91,9 @@ class ResADModel(nn.Module):
         abnormal_gaussian (bool): Let the flow also tell abnormal patches, as a second Gaussian, N(1, I).
         push_pull (PushPull): The flow's terms, plain (``"hinge"``, BGAD) or ``"log_barrier"``.
         sigma (float): Gaussian smoothing of the map in pixels.
-        estimator (Estimator): ``"flow"``, or ``"distance"`` for the plain nearest-neighbor distance of the same
-            references, which needs no training.
+        projection (int): Channels of the keys by which the levels are matched, joined; 0 matches each by itself.
+        estimator (Estimator): ``"flow"`` (constraintor and flow), ``"fused"`` (the small head of joined levels), or
+            ``"distance"`` for the plain nearest-neighbor distance of the same references, which needs no training.
         image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand.
 
     Raises:
@@ -108,6 +117,7 @@ class ResADModel(nn.Module):
         abnormal_gaussian: bool = False,
         push_pull: PushPull = "hinge",
         sigma: float = 4.0,
+        projection: int = 0,
         estimator: Estimator = "flow",
         image_size: Sequence[int] | None = None,
     ) -> None:
@@ -120,6 +130,9 @@ class ResADModel(nn.Module):
         if not 0 <= efdm <= 1 or codebook_size < 0:
             msg = f"efdm={efdm} must be a share, 0 to 1, and codebook_size={codebook_size} a number of codes or 0."
             raise ValueError(msg)
+        if estimator == "fused" and not projection:
+            msg = "estimator='fused' needs joined levels: pass the number of their keys' channels, projection=128 say."
+            raise ValueError(msg)
         self.residual_kind: Residual = residual
         self.constraintor_kind: ConstraintorKind = constraintor
         self.occ: OneClass = occ
@@ -128,8 +141,11 @@ class ResADModel(nn.Module):
         self.push_pull: PushPull = push_pull
         self.estimator: Estimator = estimator
         self.backbone = FeaturePyramid(backbone, layers, pre_trained, weights, image_size)
-        channels = self.backbone.channels
-        self.bank = ReferenceBank(channels, match)
+        channels = list(self.backbone.channels)
+        self.join = JoinedLevels(channels, projection) if projection else None
+        self.bank = ReferenceBank(channels if self.join is None else self.join.channels, match, self.join is not None)
+        if self.join is not None:
+            channels = self.join.channels[:1]
         trained = channels if estimator == "flow" else []  # channels of the levels that have trainable parts
         matched = trained if codebook_size and efdm else []
         self.codebooks = nn.ModuleList(Codebook(count, codebook_size) for count in matched)
@@ -138,6 +154,7 @@ class ResADModel(nn.Module):
         self.boundaries: Tensor
         if trained and push_pull == "log_barrier":
             self.register_buffer("boundaries", torch.full((len(trained),), float("nan")))
+        self.head = FusedHead(channels[0]) if estimator == "fused" else None
         self.anomaly_map = AnomalyMapGenerator(len(channels), sigma)
 
     def forward(self, images: Tensor) -> InferenceBatch:
@@ -149,13 +166,24 @@ class ResADModel(nn.Module):
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B,)``, ``anomaly_map`` of shape ``(B, 1, H, W)``.
         """
-        features = self.backbone(images)
+        features = self.encode(images)
         return self.score(features, self.bank(features), images.shape[-2:])
 
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Maps to match of images ``(B, 3, H, W)``: ``(B, C_l, H_l, W_l)`` per level, or joined levels and keys."""
+        features = self.backbone(images)
+        return list(features) if self.join is None else self.join(features)
+
     def score(self, features: Sequence[Tensor], matched: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
-        """Score features that have met their references, one map ``(B, C_l, H_l, W_l)`` per level each."""
+        """Score features that have met their references, one map ``(B, C_l, H_l, W_l)`` per level each.
+
+        Keys, which have no references of their own, may stand behind the features.
+        """
+        features = features[: len(matched)]
         if self.estimator == "distance":
             anomalies = [distance(x, m, self.bank.metric) for x, m in zip(features, matched, strict=True)]
+        elif self.head is not None:
+            anomalies = [self.head(x - m) for x, m in zip(features, matched, strict=True)]
         else:
             constrained = self.constrain(self.match_residuals(self.residuals(features, matched)))
             maps = [flow.maps(level) for flow, level in zip(self.flows, constrained, strict=True)]  # type: ignore[operator]
@@ -191,11 +219,28 @@ class ResADModel(nn.Module):
         Returns:
             list[Tensor]: Matched references, of the features' shapes.
         """
-        metric = self.bank.metric
-        return [
-            torch.cat([match(image[None], rows[number], metric) for image, rows in zip(level, references, strict=True)])
-            for number, level in enumerate(features)
-        ]
+        images = [[level[number : number + 1] for level in features] for number in range(len(references))]
+        matched = [self.bank.match(image, rows) for image, rows in zip(images, references, strict=True)]
+        return [torch.cat(level) for level in zip(*matched, strict=True)]
+
+    def head_loss(self, features: Sequence[Tensor], references: Sequence[Sequence[Tensor]], shares: Tensor) -> Tensor:
+        """Loss of the head, on the abnormal patches of each image and a share of its normal ones.
+
+        Only these are matched. Which normal patches, chance decides: the loss is that of all, but for its noise.
+
+        Args:
+            features (Sequence[Tensor]): Joined levels and keys, shapes ``(B, C, H, W)`` and ``(B, K, H, W)``.
+            references (Sequence[Sequence[Tensor]]): Rows of both for each image, shapes ``(N, C)`` and ``(N, K)``.
+            shares (Tensor): How much of each patch is defective, 0 to 1, shape ``(B, H, W)``.
+        """
+        assert self.head is not None
+        residuals, labels = [], []
+        for image, keys, (rows, row_keys), share in zip(*features, references, shares.flatten(1), strict=True):
+            chosen = (share >= ABNORMAL_SHARE) | ((share == 0) & (torch.rand_like(share) < NORMAL_SHARE))
+            nearest = nearest_rows(keys.flatten(1).T[chosen], row_keys, self.bank.metric)
+            residuals.append(image.flatten(1).T[chosen] - rows[nearest])
+            labels.append(share[chosen] > 0)
+        return self.head.loss(torch.cat(residuals), torch.cat(labels))
 
     def constrain_loss(
         self, features: Sequence[Tensor], matched: Sequence[Tensor], masks: Sequence[Tensor]

@@ -1,19 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The two published methods as settings of one model.
+"""The default model and the two published methods as settings of one model.
 
 ``resad`` is the conference paper (NeurIPS 2024, arXiv 2410.20047), ``resad++`` its successor (IJCV 2026, arXiv
-2509.23741) as published in code (github.com/xcyao00/ResAD, commit 0afc30e). Each setting is a constructor argument of
+2509.23741) as published in code (github.com/xcyao00/ResAD, commit 0afc30e). ``fused`` is this
+package's default: the levels are joined and matched once, and a small head judges the residuals, together with their
+length; benchmarks/experiments.md has what led to it. Each setting is a constructor argument of
 :class:`~anomalib_resad.lightning_model.ResAD`, so that every ablation is one more argument.
 """
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Variant = Literal["resad", "resad++"]
+Variant = Literal["fused", "resad", "resad++"]
+
+# Settings of the training, not of the model that it makes.
+TRAINING = ("lr", "synthetic", "warmup")
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "fused": {
+        "estimator": "fused",
+        "projection": 128,
+        "synthetic": 0.5,
+        "match": "cosine",
+        "residual": "difference",
+        "constraintor": "none",
+        "occ": "none",
+        "coupling_layers": 0,
+        "position_channels": 0,
+        "codebook_size": 0,
+        "efdm": 0.0,
+        "abnormal_gaussian": False,
+        "push_pull": "hinge",
+        "warmup": 0.0,
+        "lr": 1e-3,
+    },
     "resad": {
+        "estimator": "flow",
+        "projection": 0,
+        "synthetic": 0.0,
         "match": "l2",
         "residual": "difference",
         "constraintor": "conv_bn_relu",
@@ -25,8 +50,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": False,
         "push_pull": "hinge",
         "warmup": 0.0,
+        "lr": 1e-5,
     },
     "resad++": {
+        "estimator": "flow",
+        "projection": 0,
+        "synthetic": 0.0,
         "match": "cosine",
         "residual": "squared",
         "constraintor": "conv_bn_relu",
@@ -38,6 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": True,
         "push_pull": "log_barrier",
         "warmup": 0.1,
+        "lr": 1e-5,
     },
 }
 
@@ -46,7 +76,7 @@ def resolve(variant: str, given: Mapping[Any, Any]) -> dict[str, Any]:
     """Fill the settings that were not given with the variant's.
 
     Args:
-        variant (str): ``"resad"`` or ``"resad++"``.
+        variant (str): ``"fused"``, ``"resad"`` or ``"resad++"``.
         given (Mapping[Any, Any]): Settings; ``None`` for the variant's value.
 
     Returns:

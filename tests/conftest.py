@@ -16,6 +16,7 @@ from benchmarks.products import make_product
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY: dict[str, Any] = {
+    "variant": "resad",
     "backbone": "resnet18",
     "pre_trained": False,
     "coupling_layers": 2,

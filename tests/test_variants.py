@@ -18,7 +18,7 @@ from anomalib_resad.constraintor import ConstraintorKind
 from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.reference_bank import Metric
 from anomalib_resad.torch_model import Residual
-from anomalib_resad.variants import VARIANTS, resolve
+from anomalib_resad.variants import TRAINING, VARIANTS, resolve
 from tests.conftest import TINY, cross_category, quiet_engine
 
 PLUS = TINY | {"variant": "resad++", "codebook_size": 64}
@@ -32,7 +32,7 @@ OPTIONS = {
 
 
 def small(**settings: Any) -> ResADModel:
-    plus = {key: value for key, value in VARIANTS["resad++"].items() if key != "warmup"}
+    plus = {key: value for key, value in VARIANTS["resad++"].items() if key not in TRAINING}
     size = {"layers": ("layer1", "layer2"), "pre_trained": False}
     small_parts = {"coupling_layers": 1, "position_channels": 0, "codebook_size": 32}
     return ResADModel("resnet18", **size, **plus | small_parts | settings)
@@ -42,10 +42,12 @@ def small(**settings: Any) -> ResADModel:
 
 
 def test_presets_are_the_published_settings() -> None:
-    model = ResAD(backbone="resnet18", pre_trained=False)
-    assert {key: model.hparams[key] for key in VARIANTS["resad"]} == VARIANTS["resad"]
+    for variant, settings in VARIANTS.items():
+        model = ResAD(backbone="resnet18", pre_trained=False, variant=variant)
+        assert {key: model.hparams[key] for key in settings} == settings
+    assert ResAD(backbone="resnet18", pre_trained=False).hparams["variant"] == "fused"
     assert resolve("resad++", {}) == VARIANTS["resad++"]
-    assert VARIANTS["resad"].keys() == VARIANTS["resad++"].keys()
+    assert VARIANTS["fused"].keys() == VARIANTS["resad"].keys() == VARIANTS["resad++"].keys()
 
 
 def test_every_setting_can_be_changed_alone() -> None:
