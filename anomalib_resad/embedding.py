@@ -19,7 +19,7 @@ class JoinedLevels(nn.Module):
 
     Args:
         channels (Sequence[int]): Channels of the levels.
-        keys (int): Channels of the keys, at most the sum of the levels'.
+        keys (int): Channels of the keys; the sum of the levels' where that is less.
 
     Attributes:
         channels (list[int]): Channels of the two maps.
@@ -30,9 +30,7 @@ class JoinedLevels(nn.Module):
     def __init__(self, channels: Sequence[int], keys: int) -> None:
         super().__init__()
         total = sum(channels)
-        if not 0 < keys <= total:
-            msg = f"projection={keys} must be between 1 and the {total} channels of the levels, or 0 for none."
-            raise ValueError(msg)
+        keys = min(keys, total)
         self.channels = [total, keys]
         normal = torch.randn(total, keys, generator=torch.Generator().manual_seed(self.SEED))
         self.register_buffer("directions", torch.linalg.qr(normal).Q.T.reshape(keys, total, 1, 1).contiguous())

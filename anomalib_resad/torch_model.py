@@ -130,8 +130,8 @@ class ResADModel(nn.Module):
         if not 0 <= efdm <= 1 or codebook_size < 0:
             msg = f"efdm={efdm} must be a share, 0 to 1, and codebook_size={codebook_size} a number of codes or 0."
             raise ValueError(msg)
-        if estimator == "fused" and not projection:
-            msg = "estimator='fused' needs joined levels: pass the number of their keys' channels, projection=128 say."
+        if projection < 0 or (estimator == "fused" and not projection):
+            msg = f"projection={projection} must be a number of channels, such as 128; 0 only where estimator='flow'."
             raise ValueError(msg)
         self.residual_kind: Residual = residual
         self.constraintor_kind: ConstraintorKind = constraintor
