@@ -15,6 +15,8 @@ from anomalib.models.components import GaussianBlur2d
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_resad.distributed import largest
+
 
 def log_likelihood_to_anomaly(log_p: Tensor, ceiling: Tensor) -> Tensor:
     """Anomaly of one level: ``1 - exp(log p - ceiling)``, near 0 for the likeliest patches, at most 1.
@@ -66,17 +68,18 @@ class AnomalyMapGenerator(nn.Module):
 
     @torch.no_grad()
     def update_ceiling(self, level: int, log_p: Tensor, mask: Tensor) -> None:
-        """Follow the highest log-likelihood of normal patches, as a moving average over training batches.
+        """Follow the highest log-likelihood of normal patches (of all processes), as a moving average over batches.
 
         Args:
             level (int): Index of the level.
             log_p (Tensor): Log-likelihoods per channel, shape ``(N,)``.
             mask (Tensor): 1 for abnormal positions, shape ``(N,)``.
         """
-        normal = log_p[mask == 0]
-        if normal.numel() == 0:
+        normal = log_p.detach()[mask == 0]
+        highest = largest(normal.max() if normal.numel() else log_p.new_tensor(-torch.inf))
+        if torch.isinf(highest):
             return
-        highest, ceiling = normal.max(), self.ceilings[level]
+        ceiling = self.ceilings[level]
         updated = highest if torch.isnan(ceiling) else torch.lerp(ceiling, highest, self.MOMENTUM)
         self.ceilings[level] = updated
 

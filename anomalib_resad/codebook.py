@@ -10,6 +10,7 @@ quantized ones (exact feature distribution matching, EFDM, CVPR 2022, arXiv 2203
 import torch
 from torch import Tensor, nn
 
+from anomalib_resad.distributed import take_from_first
 from anomalib_resad.reference_bank import match, nearest_rows
 
 SPLIT = 4096  # residuals that are compared with all codes at once, which bounds the memory
@@ -86,12 +87,14 @@ class Codebook(nn.Module):
             rows (Tensor): Residuals, shape ``(N, C)``.
             mask (Tensor): 1 for abnormal positions, shape ``(N,)``.
         """
-        normal = rows[mask == 0]
-        if self.started or normal.shape[0] == 0:
+        if self.started:
             return
-        chosen = torch.randint(normal.shape[0], (self.codes.shape[0],), device=normal.device)
-        self.codes.copy_(normal[chosen])
-        self.started.fill_(1.0)
+        normal = rows[mask == 0]
+        if normal.shape[0] > 0:
+            chosen = torch.randint(normal.shape[0], (self.codes.shape[0],), device=normal.device)
+            self.codes.copy_(normal[chosen])
+            self.started.fill_(1.0)
+        take_from_first(self.codes, self.started)
 
     def forward(self, residual: Tensor) -> Tensor:
         """Replace each residual by its nearest code, shape ``(B, C, H, W)`` in and out."""

@@ -24,6 +24,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
@@ -35,6 +36,8 @@ from anomalib_resad.calibration import check_rate
 from anomalib_resad.callback import FewShotReferences
 from anomalib_resad.checkpoint import CheckpointMixin
 from anomalib_resad.constraintor import ConstraintorKind
+from anomalib_resad.distributed import average_batch_norms
+from anomalib_resad.epoch_seeds import EpochSeeds
 from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.post_processor import RankKeepingPostProcessor
@@ -209,7 +212,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
         return RankKeepingPostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Put the synthetic defects before the pre-processor and the references behind it."""
+        """Put the synthetic defects before the pre-processor, the references behind it, and what seeds both first."""
         components = super().configure_callbacks()
         assert isinstance(components, list)
         references = FewShotReferences(
@@ -220,7 +223,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
             false_alarm_rate=self.hparams["false_alarm_rate"],
         )
         defects = SyntheticDefects(self.hparams["synthetic"], self.hparams["reference_seed"], references.cache)
-        return [defects, *components[:1], references, *components[1:]]
+        return [EpochSeeds(), defects, *components[:1], references, *components[1:]]
 
     @property
     def learning_type(self) -> LearningType:
@@ -262,6 +265,12 @@ class ResAD(CheckpointMixin, AnomalibModule):
             self.post_processor.thresholds(scores).write(path.with_suffix(".thresholds.json"))
 
     # -- steps --------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Prepare a distributed training: constraintor and flow have steps of their own, in which the other is idle."""
+        super().setup(stage)
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam over constraintor, flow and codebook; the learning rate falls after 70 % and 90 % of the epochs.
@@ -306,6 +315,7 @@ class ResAD(CheckpointMixin, AnomalibModule):
             return torch.zeros((), device=self.device, requires_grad=True)
         train = self._train_flow if self.model.head is None else self._train_head
         losses = train(self._mask_of(batch))
+        average_batch_norms(self.model.modules())
         size = len(self.batch_features[0]) if self.batch_features else 0
         self.log_dict(losses, prog_bar=True, on_step=False, on_epoch=True, batch_size=size)
         return None

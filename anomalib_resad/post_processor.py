@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
-from torch.distributed import all_gather_object, get_world_size, is_initialized
+from torch import Tensor, distributed
 
 from anomalib_resad.calibration import Thresholds, least_rate, pooled_spread, product_threshold
+from anomalib_resad.distributed import is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,9 @@ class RankKeepingPostProcessor(PostProcessor):
         """Learn thresholds, ranges and the spread, the same in every process of a distributed training."""
         super().on_validation_epoch_end(trainer, pl_module)
         parts: list[Any] = [self._scored]
-        if is_initialized():
-            parts = [None] * get_world_size()
-            all_gather_object(parts, self._scored)
+        if is_distributed():
+            parts = [None] * distributed.get_world_size()
+            distributed.all_gather_object(parts, self._scored)
         scored = {path: score for part in parts for path, score in part.items()}
         self._scored = {}
         if not scored:

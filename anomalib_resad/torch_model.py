@@ -21,6 +21,7 @@ from anomalib_resad.anomaly_map import AnomalyMapGenerator, fuse
 from anomalib_resad.backbone import FeaturePyramid
 from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
 from anomalib_resad.constraintor import ConstraintorKind, make_constraintors
+from anomalib_resad.distributed import mean_of_known
 from anomalib_resad.embedding import JoinedLevels
 from anomalib_resad.flow import PositionFlow
 from anomalib_resad.head import FusedHead
@@ -329,8 +330,10 @@ class ResADModel(nn.Module):
             loss = loss + likelihood(log_p_abnormal, 1 - labels) + focal(log_p, log_p_abnormal, labels)
         if not barrier:
             return loss + push_pull_weight * semi_push_pull(log_p, labels)
-        if bool((labels == 0).any()):
-            boundary = average_boundary(self.boundaries[level], normal_boundary(log_p[labels == 0]))
+        normal = log_p[labels == 0]
+        boundary = mean_of_known(normal_boundary(normal) if normal.numel() else log_p.new_tensor(float("nan")))
+        if not torch.isnan(boundary):
+            boundary = average_boundary(self.boundaries[level], boundary)
             self.boundaries[level] = boundary
             loss = loss + push_pull_weight * log_barrier_push_pull(log_p, labels, boundary)
         return loss
