@@ -134,7 +134,7 @@ class FewShotReferences(Callback):
         pre_processor = pl_module.pre_processor
         if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
             photo = pre_processor.transform(photo)
-        return pl_module.model.backbone(photo.to(pl_module.device))
+        return pl_module.model.encode(photo.to(pl_module.device))
 
     def _rows(self, pl_module: "ResAD", paths: list[str]) -> list[Tensor]:
         """Bank rows of some photos, ``(N_l, C_l)`` per level."""

@@ -306,7 +306,7 @@ class ResAD(AnomalibModule):
             return torch.zeros((), device=self.device, requires_grad=True)
         assert self.batch_references is not None
         assert batch.image is not None
-        features = self.model.backbone(batch.image)
+        features = self.model.encode(batch.image)
         matched = self.model.match_each(features, self.batch_references)
         masks = level_masks(self._mask_of(batch), features)
         optimizer = self.optimizers()
@@ -359,7 +359,7 @@ class ResAD(AnomalibModule):
         if self.batch_references is None:
             predictions = self.model(batch.image)
         else:
-            features = self.model.backbone(batch.image)
+            features = self.model.encode(batch.image)
             matched = self.model.match_each(features, self.batch_references)
             predictions = self.model.score(features, matched, batch.image.shape[-2:])
         return batch.update(**predictions._asdict())

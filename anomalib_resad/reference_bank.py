@@ -20,6 +20,8 @@ Metric = Literal["l2", "cosine"]
 # block's best row is looked for (maxima of groups first: a plain argmax costs more than the matrix product itself).
 BLOCK = 1024
 GROUP = 32
+# Positions of an image that an export searches at once: as many as keep their similarities in a CPU's cache.
+STRIP = 400
 
 
 def _argmax_rows(similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,10 +55,13 @@ def nearest_rows(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
     bias = -0.5 * rows.square().sum(dim=1) if metric == "l2" else None
     best: Tensor | None = None
     index = torch.zeros(0, dtype=torch.long)
-    for start in range(0, rows.shape[0], BLOCK):
-        similarity = queries @ keys[start : start + BLOCK].T
+    # An export takes a bank of any size, so it cannot loop over the bank; `match` bounds its memory instead.
+    exporting = torch.compiler.is_compiling()
+    for start in [0] if exporting else range(0, rows.shape[0], BLOCK):
+        block = slice(None) if exporting else slice(start, start + BLOCK)
+        similarity = queries @ keys[block].T
         if bias is not None:
-            similarity = similarity + bias[start : start + BLOCK]
+            similarity = similarity + bias[block]
         block_best, block_index = _argmax_rows(similarity)
         if best is None:
             best, index = block_best, block_index
@@ -76,7 +81,7 @@ def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
     """Replace each patch feature by its nearest bank row.
 
     Images are searched one by one, which is faster on a CPU (the similarities stay in its cache), bounds the memory,
-    and makes the result independent of the batch. An export with a batch of any size searches them together.
+    and makes the result independent of the batch. An export, whose batch has any size, goes through them in strips.
 
     Args:
         features (Tensor): Feature map, shape ``(B, C, H, W)``.
@@ -86,10 +91,16 @@ def match(features: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor:
     Returns:
         Tensor: Matched references, shape ``(B, C, H, W)``.
     """
+    exporting = torch.compiler.is_compiling()
+    axis, size = (2, -(-STRIP // features.shape[3])) if exporting else (0, 1)
+    parts = [_match_part(part, rows, metric) for part in features.split(size, dim=axis)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+def _match_part(features: Tensor, rows: Tensor, metric: Metric) -> Tensor:
+    """Match some of the images, or a strip of each, shape ``(B, C, H, W)`` in and out."""
     batch, channels, height, width = features.shape
-    queries = to_rows(features)
-    blocks = [queries] if torch.compiler.is_compiling() else queries.split(height * width)
-    matched = torch.cat([rows[nearest_rows(block, rows, metric)] for block in blocks])  # (B * H * W, C)
+    matched = rows[nearest_rows(to_rows(features), rows, metric)]  # (B * H * W, C)
     return matched.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -123,6 +134,21 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
     def levels(self) -> list[Tensor]:
         """Rows of each level, shape ``(N_l, C_l)``."""
         return [self.get_buffer(f"rows_{level}") for level in range(len(self._channels))]
+
+    @property
+    def enrolled(self) -> list[Tensor]:
+        """Rows of each level, of a bank that must hold some.
+
+        Raises:
+            RuntimeError: If the bank is empty.
+        """
+        if self.is_empty:
+            msg = (
+                "The reference bank is empty: no good photo of the product was shown to the model. Pass "
+                "`references=<folder of good photos>`, test with a datamodule, or load an enrolled checkpoint."
+            )
+            raise RuntimeError(msg)
+        return self.levels
 
     @property
     def is_empty(self) -> bool:
@@ -163,13 +189,7 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         Raises:
             RuntimeError: If the bank is empty.
         """
-        if self.is_empty:
-            msg = (
-                "The reference bank is empty: no good photo of the product was shown to the model. Pass "
-                "`references=<folder of good photos>`, test with a datamodule, or load an enrolled checkpoint."
-            )
-            raise RuntimeError(msg)
-        return [match(level, rows, self.metric) for level, rows in zip(features, self.levels, strict=True)]
+        return [match(level, rows, self.metric) for level, rows in zip(features, self.enrolled, strict=True)]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The record travels in the state dict."""

@@ -147,8 +147,29 @@ class ResADModel(nn.Module):
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B,)``, ``anomaly_map`` of shape ``(B, 1, H, W)``.
         """
-        features = self.backbone(images)
-        return self.score(features, self.bank(features), images.shape[-2:])
+        return self.detect(self.encode(images), self.bank.enrolled, images.shape[-2:])
+
+    def encode(self, images: Tensor) -> list[Tensor]:
+        """Everything that needs no references: normalized images ``(B, 3, H, W)`` to level maps ``(B, C_l, H_l, W_l)``.
+
+        The bank holds the same features of the reference photos. On the edge this is one file, and :meth:`detect`
+        another (``anomalib_resad.deploy``).
+        """
+        return self.backbone(images)
+
+    def detect(self, features: Sequence[Tensor], rows: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
+        """Everything that needs references.
+
+        Args:
+            features (Sequence[Tensor]): What :meth:`encode` gave, shape ``(B, C_l, H_l, W_l)`` each.
+            rows (Sequence[Tensor]): Bank rows of each level, shape ``(N_l, C_l)``.
+            image_size (Sequence[int]): Height and width of the map.
+
+        Returns:
+            InferenceBatch: As of :meth:`forward`.
+        """
+        matched = [match(level, bank, self.bank.metric) for level, bank in zip(features, rows, strict=True)]
+        return self.score(features, matched, image_size)
 
     def score(self, features: Sequence[Tensor], matched: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
         """Score features that have met their references, one map ``(B, C_l, H_l, W_l)`` per level each."""
