@@ -3,8 +3,8 @@
 """Make ``ResAD`` known to anomalib whenever anomalib is imported, so that ``--model ResAD`` works by itself.
 
 PyTorch calls :func:`install` at the end of ``import torch`` (entry point group ``torch.backends``). It puts one finder
-on ``sys.meta_path``, which waits for ``anomalib.models`` and imports ``anomalib_resad.plugin`` right after it. Programs that
-do not use anomalib never get further than that. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it off.
+on ``sys.meta_path``, which waits for ``anomalib.models`` and imports ``anomalib_resad.plugin`` right after it. Programs
+that do not use anomalib never get further than that. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it off.
 
 An exception here would break ``import torch`` in every program of the environment, and one at the import of anomalib
 would silently take all verbs from its command line: so nothing may be raised, and nothing heavy is imported.
@@ -69,7 +69,7 @@ def _import_plugin() -> None:
 def _wait_for_attribute(parent: ModuleType, name: str) -> None:
     """Import the plugin when ``parent`` gets the attribute ``name``: what Python does once a submodule is complete.
 
-    For programs that import anomalib before PyTorch, or a part of ``anomalib_resad`` before either: then ``parent.name``
+    For programs that import anomalib before PyTorch, or a part of ``anomalib_resad`` before either: then that module
     is being executed at this moment.
     """
     original = parent.__class__

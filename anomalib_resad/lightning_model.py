@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib import LearningType, TaskType
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data.utils import LabelName
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -27,15 +29,17 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torchmetrics import Metric
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_resad.callback import FewShotReferences
 from anomalib_resad.checkpoint import ARCHITECTURE, architecture, read_trained
 from anomalib_resad.constraintor import ConstraintorKind
 from anomalib_resad.loss import OneClass, PushPull
+from anomalib_resad.photos import read_photo
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
-from anomalib_resad.reference_bank import Metric
+from anomalib_resad.reference_bank import Metric as MatchMetric
 from anomalib_resad.synthetic import SyntheticDefects
 from anomalib_resad.torch_model import Estimator, ResADModel, Residual
 from anomalib_resad.variants import Variant, resolve
@@ -65,7 +69,7 @@ class ResAD(AnomalibModule):
         checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
             backbone and the method's settings are the checkpoint's.
         variant (Variant): ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
-        match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
+        match (MatchMetric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
         residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
         constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, or another of the papers' ablation;
             ``"mlp"`` for levels of vision transformers.
@@ -113,7 +117,7 @@ class ResAD(AnomalibModule):
         reference_seed: int = 0,
         checkpoint: Path | str | None = None,
         variant: Variant = "resad",
-        match: Metric | None = None,
+        match: MatchMetric | None = None,
         residual: Residual | None = None,
         constraintor: ConstraintorKind | None = None,
         occ: OneClass | None = None,
@@ -250,15 +254,59 @@ class ResAD(AnomalibModule):
             arguments.update({"max_epochs": 1, "limit_train_batches": 1})
         return arguments
 
-    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Export to OpenVINO as anomalib does, and say how to run it."""
-        path = super().to_openvino(*args, **kwargs)
-        logger.warning(
-            "Run %s in float32: OpenVINOInferencer(path, config={'INFERENCE_PRECISION_HINT': 'f32'}). Where OpenVINO "
-            "chooses bfloat16 by itself (CPUs with AMX or AVX512-BF16), its maps are of no use.",
-            path,
-        )
+    def to_openvino(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        metric: Metric | None = None,
+        task: TaskType | None = None,
+        max_drop: float = 0.01,
+        ov_kwargs: dict[str, Any] | None = None,
+        onnx_kwargs: dict[str, Any] | None = None,
+    ) -> Path:
+        """Export to OpenVINO as anomalib does, in a form that every device computes in float32.
+
+        Where OpenVINO chooses bfloat16 by itself, a plain export finds other references and other maps. ``INT8_PTQ``
+        quantizes the backbone's convolutions alone. See anomalib's method for the arguments.
+
+        Raises:
+            ValueError: If ``compression_type`` is ``INT8`` or ``INT8_ACQ``, or ``INT8_PTQ`` finds nothing to quantize.
+        """
+        if compression_type in (CompressionType.INT8, CompressionType.INT8_ACQ):
+            msg = (
+                f"{compression_type} is not offered: it would quantize the reference bank and the head too, which "
+                "destroys the maps. Use INT8_PTQ, which quantizes the backbone alone, or FP16."
+            )
+            raise ValueError(msg)
+        onnx = {"opset_version": 18} | (onnx_kwargs or {})  # anomalib's 14 fails and falls back to 18, with a traceback
+        path = super().to_openvino(
+            export_root, model_file_name, input_size, compression_type, datamodule, metric, task, max_drop,
+            ov_kwargs, onnx,
+        )  # fmt: skip
+        from anomalib_resad.precision import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+
+        rewrite_in_float32(path)
         return path
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
+        """Quantize the backbone alone, on the datamodule's good training photos.
+
+        Raises:
+            ValueError: If there is no datamodule.
+        """
+        if datamodule is None:
+            msg = "INT8_PTQ needs photos to calibrate with: pass `datamodule` (on the command line, --data)."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        samples = datamodule.train_data.samples
+        good = sorted(samples.image_path[samples.label_index == LabelName.NORMAL])[:300]
+        from anomalib_resad.precision import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
+
+        return quantize_backbone(model, (read_photo(path)[None].numpy() for path in good))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -10,9 +10,10 @@ here, before the marks. Checked by `tests/test_precision.py` in the graph that O
 """
 
 import logging
-import xml.etree.ElementTree as ET  # noqa: S405  # it reads files that were written a moment ago
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openvino as ov
@@ -192,31 +193,33 @@ def _hide_constants(model: ov.Model) -> None:
 
 def _mark(path: Path) -> None:
     """Mark every operation of a saved model as one to be kept in its precision."""
-    tree = ET.parse(path)  # noqa: S314
+    tree = ET.parse(path)  # noqa: S314  # written a moment ago
     for layer in tree.getroot().iter("layer"):
         info = layer.find("rt_info")
         info = ET.SubElement(layer, "rt_info") if info is None else info
         if not any(attribute.get("name") == "precise" for attribute in info):
             ET.SubElement(info, "attribute", {"name": "precise", "version": "0"})
-    temporary = path.with_name(path.name + ".part")
-    tree.write(temporary, encoding="utf-8", xml_declaration=True)
-    temporary.replace(path)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def save_in_float32(model: ov.Model, path: Path, half_weights: bool = False) -> None:
-    """Save a model so that it computes in float32 on every device that honors the mark.
+def rewrite_in_float32(path: Path) -> None:
+    """Rewrite a saved model so that it computes in float32 on every device that honors the mark.
 
     Args:
-        model (ov.Model): The model; it is changed.
-        path (Path): The ``.xml`` file; the weights go into the ``.bin`` beside it.
-        half_weights (bool): Store the weights in half precision; they are computed with in float32 all the same.
+        path (Path): The ``.xml`` file, with the ``.bin`` beside it. Weights that are stored in half precision stay so.
     """
+    model = ov.Core().read_model(path)
     _replace_operations(model)
     _split_slices(model)
     _hide_constants(model)
     model.validate_nodes_and_infer_types()
-    ov.save_model(model, path, compress_to_fp16=half_weights)
-    _mark(path)
+    with TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        ov.save_model(model, new, compress_to_fp16=False)
+        _mark(new)
+        del model  # it reads the old weights from the disk
+        for suffix in (".bin", ".xml"):
+            new.with_suffix(suffix).replace(path.with_suffix(suffix))
 
 
 def reduced_operations(path: Path) -> list[str]:
@@ -261,7 +264,7 @@ def quantize_backbone(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model
     before = _before_matching(model)
     keep = [node for node in model.get_ops() if not (_is_convolution(node) and node.get_friendly_name() in before)]
     if len(keep) == len(model.get_ops()):
-        msg = "This backbone has no convolutions to quantize (a vision transformer?). Export with FP16 or no compression."
+        msg = "This backbone has no convolutions to quantize (a vision transformer?). Export it with FP16."
         raise ValueError(msg)
     return _quantize(model, list(photos), keep)
 

@@ -2,7 +2,7 @@
 
 """A bundle: one folder that holds an exported model, and a manifest that says what it is.
 
-``encoder.xml`` makes features of photos, ``detector.xml`` scores and maps of features and a bank. Every file is named in
+``encoder.xml`` makes features of photos, ``detector.xml`` scores and maps of features and a bank. Every file stands in
 ``manifest.json`` with its SHA-256.
 """
 
@@ -98,8 +98,7 @@ class Manifest:
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    known = {key: value for key, value in content.items() if key != "format"}
+def _parse(known: dict[str, Any]) -> Manifest:
     known["image_size"] = tuple(known["image_size"])
     known["levels"] = tuple(Level(**level) for level in known["levels"])
     known["score"], known["map"] = Scale(**known["score"]), Scale(**known["map"])
@@ -119,16 +118,14 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(msg)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        made_as = content.get("format")
-        if made_as != FORMAT:
-            msg = f"{path} has format {made_as}, this version reads {FORMAT}. Export the checkpoint again."
-            raise BundleError(msg)
-        manifest = _parse(content)
-    except BundleError:
-        raise
+        made_as = content.pop("format")
+        manifest = _parse(content) if made_as == FORMAT else None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         msg = f"{path} cannot be read ({error!r}). {again}"
         raise BundleError(msg) from error
+    if manifest is None:
+        msg = f"{path} has format {made_as}, this version reads {FORMAT}. Export the checkpoint again."
+        raise BundleError(msg)
     for name, digest in manifest.files.items():
         file = bundle / name
         if Path(name).name != name or not file.is_file() or content_hash(file) != digest:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
+from anomalib.pre_processing import PreProcessor
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -34,8 +35,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: ResAD) -> None:
         super().__init__()
-        assert model.pre_processor is not None
-        self.resize_and_normalize = model.pre_processor.export_transform  # type: ignore[union-attr]
+        self.resize_and_normalize = _export_transform(model)
         self.model = model.model
 
     def forward(self, photos: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +55,16 @@ class Detector(nn.Module):
     def forward(self, features: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Score features."""
         result = self.model.detect(features, rows, self.image_size)
+        assert result.pred_score is not None
+        assert result.anomaly_map is not None
         return result.pred_score, result.anomaly_map
+
+
+def _export_transform(model: ResAD) -> nn.Module:
+    """Resizing and normalization, in operations that every runtime has."""
+    assert isinstance(model.pre_processor, PreProcessor)
+    assert isinstance(model.pre_processor.export_transform, nn.Module)
+    return model.pre_processor.export_transform
 
 
 def load_model(checkpoint: Path | str) -> ResAD:
@@ -76,8 +85,7 @@ def load_model(checkpoint: Path | str) -> ResAD:
 
 def _size_of(model: ResAD) -> list[int]:
     """Height and width that photos are resized to."""
-    probe = torch.zeros(1, 3, 64, 64)
-    return list(model.pre_processor.export_transform(probe).shape[-2:])  # type: ignore[union-attr, misc]
+    return list(_export_transform(model)(torch.zeros(1, 3, 64, 64)).shape[-2:])
 
 
 def trace(model: ResAD) -> tuple[ExportedProgram, ExportedProgram, tuple[Level, ...]]:
@@ -181,11 +189,22 @@ def export_bundle(
         msg = f"precision='{precision}' is not known; use fp32, fp16 or int8."
         raise ValueError(msg)
     model = load_model(checkpoint)
+    return write_bundle(model, convert(model), output, precision, calibration)
+
+
+def write_bundle(
+    model: ResAD,
+    converted: tuple[ov.Model, ov.Model, tuple[Level, ...]],
+    output: Path | str,
+    precision: Precision,
+    calibration: Path | str | Sequence[Path] | None = None,
+) -> Path:
+    """Write a bundle of what :func:`convert` made; arguments and errors as of :func:`export_bundle`."""
+    encoder, detector, levels = converted
+    half = precision != "fp32"
     with new_folder(Path(output)) as folder:
-        encoder, detector, levels = convert(model)
         if calibration is not None:
             encoder = quantize_encoder(encoder, calibration_photos(calibration))
-        half = precision != "fp32"
         ov.save_model(encoder, folder / ENCODER, compress_to_fp16=half)
         ov.save_model(detector, folder / DETECTOR, compress_to_fp16=half)
         _manifest(model, precision, levels, folder).write(folder)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import openvino as ov
@@ -26,7 +26,7 @@ from anomalib_resad.deploy.bank import (
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Scale, read_manifest
 from anomalib_resad.photo_files import Photo, PhotoError, photo_files, photo_identity, read_pixels
 
-Photos = str | Path | Iterable[Photo]
+Photos: TypeAlias = str | Path | Iterable[Photo]
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,26 @@ class Prediction:
     raw_score: float
 
 
+def _center_and_width(scale: Scale) -> tuple[float, float]:
+    """What is subtracted from a raw value, and what it is divided by; 0 and 1 where nothing was learned."""
+    if scale.low is None or scale.high is None:
+        return (0.0, 2.0) if scale.threshold is None else (scale.threshold, 1.0)
+    center = (scale.high + scale.low) / 2 if scale.threshold is None else scale.threshold
+    return center, scale.high - scale.low if scale.high > scale.low else 1.0
+
+
 def normalize(raw: np.ndarray, scale: Scale) -> np.ndarray:
     """``RankKeepingPostProcessor`` in numpy: strictly increasing into 0..1, 0.5 at the threshold."""
-    has_range = scale.low is not None and scale.high is not None
-    width = max(scale.high - scale.low, 0.0) or 1.0 if has_range else 1.0  # type: ignore[operator]
-    if scale.threshold is not None:
-        center = scale.threshold
-    else:
-        center = (scale.high + scale.low) / 2 if has_range else 0.0  # type: ignore[operator]
-    known = has_range or scale.threshold is not None
-    u = 2 * (raw - np.float32(center)) / np.float32(width) if known else raw
+    center, width = (np.float32(value) for value in _center_and_width(scale))
+    u = 2 * (raw - center) / width
     return 0.5 + u / (2 * (1 + np.abs(u)))
+
+
+def denormalize(value: float, scale: Scale) -> float:
+    """The raw value that :func:`normalize` makes ``value`` of, for ``0 < value < 1``."""
+    center, width = _center_and_width(scale)
+    v = 2 * value - 1
+    return center + v / (1 - abs(v)) * width / 2
 
 
 class ResADInferencer:
@@ -241,7 +250,9 @@ class ResADInferencer:
         threshold: float | None,
         max_patches: int | None,
     ) -> Bank:
-        unique = {reference.sha256: reference for reference in sorted(features, key=lambda each: each.name, reverse=True)}
+        unique = {
+            reference.sha256: reference for reference in sorted(features, key=lambda each: each.name, reverse=True)
+        }
         references = tuple(unique[digest] for digest in sorted(unique))
         arrays = {}
         for level in range(len(self.manifest.levels)):
