@@ -3,8 +3,8 @@
 """Make ``ResAD`` known to anomalib whenever anomalib is imported, so that ``--model ResAD`` works by itself.
 
 PyTorch calls :func:`install` at the end of ``import torch`` (entry point group ``torch.backends``). It puts one finder
-on ``sys.meta_path``, which waits for ``anomalib.models`` and imports ``anomalib_resad`` right after it. Programs that
-do not use anomalib never get further than that. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it off.
+on ``sys.meta_path``, which waits for ``anomalib.models`` and imports ``anomalib_resad.plugin`` right after it. Programs
+that do not use anomalib never get further than that. ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` switches it off.
 
 An exception here would break ``import torch`` in every program of the environment, and one at the import of anomalib
 would silently take all verbs from its command line: so nothing may be raised, and nothing heavy is imported.
@@ -33,7 +33,7 @@ class _Finder(MetaPathFinder):
 
 
 def _wrap(loader: Loader | None) -> None:
-    """Let a loader import ``anomalib_resad`` after it has executed its module."""
+    """Let a loader import ``anomalib_resad.plugin`` after it has executed its module."""
     if loader is None:
         return
     execute = loader.exec_module
@@ -46,10 +46,20 @@ def _wrap(loader: Loader | None) -> None:
 
 
 def _import_plugin() -> None:
-    if "anomalib_resad" in sys.modules:
-        return  # it imports anomalib itself, and registers when it is done
+    # Part of this package may be what imports anomalib at this moment: then wait until the outermost part is complete.
+    busy = [
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith("anomalib_resad.") and getattr(getattr(module, "__spec__", None), "_initializing", False)
+    ]
+    if "anomalib_resad.plugin" in busy:
+        return  # it registers when it is done
+    if busy:
+        parent, _, name = busy[0].rpartition(".")
+        _wait_for_attribute(sys.modules[parent], name)
+        return
     try:
-        import anomalib_resad  # noqa: F401, PLC0415
+        import anomalib_resad.plugin  # noqa: F401, PLC0415
     except Exception as error:  # noqa: BLE001
         import logging  # noqa: PLC0415
 
@@ -59,7 +69,8 @@ def _import_plugin() -> None:
 def _wait_for_attribute(parent: ModuleType, name: str) -> None:
     """Import the plugin when ``parent`` gets the attribute ``name``: what Python does once a submodule is complete.
 
-    For programs that import anomalib before PyTorch: then ``anomalib.models`` is being executed at this moment.
+    For programs that import anomalib before PyTorch, or a part of ``anomalib_resad`` before either: then that module
+    is being executed at this moment.
     """
     original = parent.__class__
 

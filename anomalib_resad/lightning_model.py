@@ -38,7 +38,7 @@ from anomalib_resad.checkpoint import CheckpointMixin
 from anomalib_resad.constraintor import ConstraintorKind
 from anomalib_resad.distributed import average_batch_norms
 from anomalib_resad.epoch_seeds import EpochSeeds
-from anomalib_resad.leave_one_out import reference_scores
+from anomalib_resad.exporting import ExportMixin
 from anomalib_resad.loss import OneClass, PushPull
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
@@ -55,7 +55,7 @@ def level_masks(mask: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     return [F.adaptive_max_pool2d(mask[:, None].float(), level.shape[-2:]).squeeze(1) for level in features]
 
 
-class ResAD(CheckpointMixin, AnomalibModule):
+class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
     ``variant`` chooses the method, this package's default or a published one. Arguments that are left at ``None`` take
@@ -237,32 +237,6 @@ class ResAD(CheckpointMixin, AnomalibModule):
         if not self.is_trainable:
             arguments.update({"max_epochs": 1, "limit_train_batches": 1})
         return arguments
-
-    def to_openvino(self, *args: Any, **kwargs: Any) -> Path:  # noqa: ANN401
-        """Export to OpenVINO as anomalib does, with the thresholds beside it, and say how to run it."""
-        path = super().to_openvino(*args, **kwargs)
-        self._write_thresholds(path)
-        logger.warning(
-            "Run %s in float32: OpenVINOInferencer(path, config={'INFERENCE_PRECISION_HINT': 'f32'}). Where OpenVINO "
-            "chooses bfloat16 by itself (CPUs with AMX or AVX512-BF16), its maps are of no use.",
-            path,
-        )
-        return path
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401
-        """Export to ONNX as anomalib does, with the thresholds beside it."""
-        path = super().to_onnx(*args, **kwargs)
-        self._write_thresholds(path)
-        return path
-
-    def _write_thresholds(self, path: Path) -> None:
-        """Write what changes the threshold of an exported model, ``model.thresholds.json`` beside ``model.xml``."""
-        if isinstance(self.post_processor, RankKeepingPostProcessor):
-            known = "leave_one_out" in self.model.bank.record
-            scores = (
-                self.model.bank.record["leave_one_out"] if known else reference_scores(self.model, self.pre_processor)
-            )
-            self.post_processor.thresholds(scores).write(path.with_suffix(".thresholds.json"))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 """Photos on disk: checked before they are used, drawn with a seed, named by their content."""
 
-import hashlib
-import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,38 +10,9 @@ import numpy as np
 import torch
 from anomalib.data.utils import read_image
 from anomalib.data.utils.image import get_image_filenames
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-# Smaller photos hold no patches to speak of: a 1-pixel file blown up to the input size is a flat color.
-SMALLEST_SIDE = 8
-EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
-
-
-def photo_problem(path: Path | str, decode: bool = False) -> str | None:
-    """Say what makes a photo unusable, or ``None``.
-
-    Grayscale, palette and alpha images are fine: they are converted to RGB, as anomalib does. 16-bit and float images
-    are not: that conversion clips them to white.
-
-    Args:
-        path (Path | str): The file.
-        decode (bool): Also decode the pixels, which finds truncated files; the header alone is much cheaper.
-    """
-    try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter("ignore")
-            if image.mode not in EIGHT_BIT_MODES:
-                return f"{image.mode} pixels (more than 8 bits a channel); convert it to 8 bits"
-            if min(image.size) < SMALLEST_SIDE:
-                return f"{image.width} x {image.height} pixels, the least is {SMALLEST_SIDE} x {SMALLEST_SIDE}"
-            if decode:
-                image.load()
-    except FileNotFoundError:
-        return "no such file"
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        return f"unreadable ({error})"
-    return None
+from anomalib_resad.photo_files import content_hash, photo_problem
 
 
 def check_photos(paths: Iterable[Path | str], purpose: str, decode: bool = False) -> None:
@@ -63,11 +32,6 @@ def check_photos(paths: Iterable[Path | str], purpose: str, decode: bool = False
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         msg = f"{len(problems)} of the {purpose} cannot be used. {named}{more}. Repair or remove these files."
         raise ValueError(msg)
-
-
-def content_hash(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def seeded(*keys: int | str) -> np.random.Generator:

@@ -20,6 +20,8 @@ Metric = Literal["l2", "cosine"]
 # block's best row is looked for (maxima of groups first: a plain argmax costs more than the matrix product itself).
 BLOCK = 1024
 GROUP = 32
+# Positions of an image that an export searches at once: as many as keep their similarities in a CPU's cache.
+STRIP = 400
 
 
 def _argmax_rows(similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,10 +55,13 @@ def nearest_rows(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
     bias = -0.5 * rows.square().sum(dim=1) if metric == "l2" else None
     best: Tensor | None = None
     index = torch.zeros(0, dtype=torch.long)
-    for start in range(0, rows.shape[0], BLOCK):
-        similarity = queries @ keys[start : start + BLOCK].T
+    # An export takes a bank of any size, so it cannot loop over the bank; `match` bounds its memory instead.
+    exporting = torch.compiler.is_compiling()
+    for start in [0] if exporting else range(0, rows.shape[0], BLOCK):
+        block = slice(None) if exporting else slice(start, start + BLOCK)
+        similarity = queries @ keys[block].T
         if bias is not None:
-            similarity = similarity + bias[start : start + BLOCK]
+            similarity = similarity + bias[block]
         block_best, block_index = _argmax_rows(similarity)
         if best is None:
             best, index = block_best, block_index
@@ -72,30 +77,32 @@ def to_rows(features: Tensor) -> Tensor:
     return features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
 
 
-def match(
-    features: Tensor, rows: Tensor, metric: Metric = "l2", keys: Tensor | None = None, row_keys: Tensor | None = None
-) -> Tensor:
+def match(features: Tensor, rows: Tensor, metric: Metric = "l2", row_keys: Tensor | None = None) -> Tensor:
     """Replace each patch feature by its nearest bank row.
 
     Images are searched one by one, which is faster on a CPU (the similarities stay in its cache), bounds the memory,
-    and makes the result independent of the batch. An export with a batch of any size searches them together.
+    and makes the result independent of the batch. An export, whose batch has any size, goes through them in strips.
 
     Args:
-        features (Tensor): Feature map, shape ``(B, C, H, W)``.
+        features (Tensor): Feature map, or map of keys, shape ``(B, K, H, W)``.
         rows (Tensor): Bank rows, shape ``(N, C)``.
         metric (Metric): ``"l2"`` or ``"cosine"``.
-        keys (Tensor | None): What the features are searched by, shape ``(B, K, H, W)``; by default themselves.
-        row_keys (Tensor | None): What the rows are searched by, shape ``(N, K)``; by default themselves.
+        row_keys (Tensor | None): What the rows are searched by, shape ``(N, K)``; by default themselves, ``K = C``.
 
     Returns:
         Tensor: Matched references, shape ``(B, C, H, W)``.
     """
-    batch, channels, height, width = features.shape
-    queries = to_rows(features if keys is None else keys)
-    among = rows if row_keys is None else row_keys
-    blocks = [queries] if torch.compiler.is_compiling() else queries.split(height * width)
-    matched = torch.cat([rows[nearest_rows(block, among, metric)] for block in blocks])  # (B * H * W, C)
-    return matched.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+    exporting = torch.compiler.is_compiling()
+    axis, size = (2, -(-STRIP // features.shape[3])) if exporting else (0, 1)
+    parts = [_match_part(part, rows, metric, row_keys) for part in features.split(size, dim=axis)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+
+
+def _match_part(features: Tensor, rows: Tensor, metric: Metric, row_keys: Tensor | None) -> Tensor:
+    """Match some of the images, or a strip of each."""
+    batch, _, height, width = features.shape
+    matched = rows[nearest_rows(to_rows(features), rows if row_keys is None else row_keys, metric)]  # (B * H * W, C)
+    return matched.reshape(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
 class ReferenceBank(DynamicBufferMixin, nn.Module):
@@ -130,6 +137,21 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
     def levels(self) -> list[Tensor]:
         """Rows of each level, shape ``(N_l, C_l)``."""
         return [self.get_buffer(f"rows_{level}") for level in range(len(self._channels))]
+
+    @property
+    def enrolled(self) -> list[Tensor]:
+        """Rows of each level, of a bank that must hold some.
+
+        Raises:
+            RuntimeError: If the bank is empty.
+        """
+        if self.is_empty:
+            msg = (
+                "The reference bank is empty: no good photo of the product was shown to the model. Pass "
+                "`references=<folder of good photos>`, test with a datamodule, or load an enrolled checkpoint."
+            )
+            raise RuntimeError(msg)
+        return self.levels
 
     @property
     def is_empty(self) -> bool:
@@ -170,21 +192,14 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         Raises:
             RuntimeError: If the bank is empty.
         """
-        if self.is_empty:
-            msg = (
-                "The reference bank is empty: no good photo of the product was shown to the model. Pass "
-                "`references=<folder of good photos>`, test with a datamodule, or load an enrolled checkpoint."
-            )
-            raise RuntimeError(msg)
-        return self.match(features, self.levels)
+        return self.match(features, self.enrolled)
 
     def match(self, features: Sequence[Tensor], rows: Sequence[Tensor]) -> list[Tensor]:
         """Match every level against rows ``(N_l, C_l)`` that need not be the bank's own, in the bank's way."""
-        pairs = list(zip(features, rows, strict=True))
         if not self.keyed:
-            return [match(level, values, self.metric) for level, values in pairs]
-        keys, row_keys = pairs.pop()
-        return [match(level, values, self.metric, keys, row_keys) for level, values in pairs]
+            return [match(level, values, self.metric) for level, values in zip(features, rows, strict=True)]
+        *values, row_keys = rows
+        return [match(features[-1], level, self.metric, row_keys) for level in values]
 
     def get_extra_state(self) -> dict[str, Any]:
         """The record travels in the state dict."""

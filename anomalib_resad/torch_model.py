@@ -167,13 +167,29 @@ class ResADModel(nn.Module):
         Returns:
             InferenceBatch: ``pred_score`` of shape ``(B,)``, ``anomaly_map`` of shape ``(B, 1, H, W)``.
         """
-        features = self.encode(images)
-        return self.score(features, self.bank(features), images.shape[-2:])
+        return self.detect(self.encode(images), self.bank.enrolled, images.shape[-2:])
 
     def encode(self, images: Tensor) -> list[Tensor]:
-        """Maps to match of images ``(B, 3, H, W)``: ``(B, C_l, H_l, W_l)`` per level, or joined levels and keys."""
+        """Everything that needs no references: normalized images ``(B, 3, H, W)`` to maps ``(B, C_l, H_l, W_l)``.
+
+        The maps are the levels', or that of the joined levels and that of their keys. The bank holds the same of the
+        reference photos. On the edge this is one file, and :meth:`detect` another (``anomalib_resad.deploy``).
+        """
         features = self.backbone(images)
         return list(features) if self.join is None else self.join(features)
+
+    def detect(self, features: Sequence[Tensor], rows: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
+        """Everything that needs references.
+
+        Args:
+            features (Sequence[Tensor]): What :meth:`encode` gave, shape ``(B, C_l, H_l, W_l)`` each.
+            rows (Sequence[Tensor]): Bank rows of each level, shape ``(N_l, C_l)``.
+            image_size (Sequence[int]): Height and width of the map.
+
+        Returns:
+            InferenceBatch: As of :meth:`forward`.
+        """
+        return self.score(features, self.bank.match(features, rows), image_size)
 
     def score(self, features: Sequence[Tensor], matched: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
         """Score features that have met their references, one map ``(B, C_l, H_l, W_l)`` per level each.

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The ``resad`` command: what `anomalib` has no verb for. Only `export` and `parity` need PyTorch."""
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from anomalib_resad.deploy.bundle import write_whole
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.photo_files import PhotoError, photo_files, read_pixels
+
+console = Console()
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    calibration: Path | None = None,
+) -> None:
+    """Write a bundle: one model for all products, to be enrolled on a device without PyTorch.
+
+    Args:
+        checkpoint: A trained ResAD.
+        output: New folder.
+        precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
+        calibration: Folder of good photos, of several products, that int8 is calibrated on.
+    """
+    from anomalib_resad.deploy.export import export_bundle  # noqa: PLC0415  # PyTorch
+
+    with Console(stderr=True).status("Exporting"):
+        export_bundle(checkpoint, output, precision, calibration)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    console.print(f"{output}: {size / 1e6:.1f} MB, {precision}.")
+
+
+def parity(
+    checkpoint: Path,
+    references: Path,
+    photos: Path,
+    calibration: Path | None = None,
+    output: Path | None = None,
+    most: int = 25,
+) -> None:
+    """Print how far ONNX and OpenVINO (FP32, FP16, INT8) are from PyTorch on photos of yours.
+
+    Score and map are compared on the scale of 0 to 1 that users see. ONNX is left out where onnxruntime is not
+    installed, and INT8 where there are no calibration photos.
+
+    Args:
+        checkpoint: A trained ResAD.
+        references: Folder of good photos of a product, to enroll.
+        photos: Folder of photos of it; if it has a folder `good`, those are the good ones, and AUROC is given.
+        calibration: Folder of good photos to calibrate INT8 on.
+        output: JSON file to write, too.
+        most: Photos to take, evenly spaced.
+    """
+    from anomalib_resad.deploy.parity import parity as compare  # noqa: PLC0415  # PyTorch
+
+    compare(checkpoint, references, photos, calibration, output, most)
+
+
+def enroll(
+    bundle: Path,
+    product: str,
+    photos: Path,
+    banks: Path | None = None,
+    max_patches: int | None = None,
+    threshold: float | None = None,
+    mode: Literal["new", "add", "replace"] = "new",
+) -> None:
+    """Teach a bundle a product from good photos, or add some to a product.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        product: Name of the product.
+        photos: Folder of good photos, or one photo.
+        banks: Folder of the products' banks, if not in the bundle.
+        max_patches: Most rows of a level; by default all are kept.
+        threshold: The product's own threshold, on the scale of the raw score.
+        mode: What to do: a new product, more photos for one, or one instead of another.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    if mode == "add":
+        bank = inferencer.add(product, photos)
+    else:
+        bank = inferencer.enroll(product, photos, threshold, max_patches, replace_existing=mode == "replace")
+    names = ", ".join(reference.name for reference in bank.references)
+    console.print(f"{escape(product)}: {len(bank.references)} photos, {bank.size / 1e6:.1f} MB ({escape(names)}).")
+
+
+def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:
+    """List the enrolled products, or remove one.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        banks: Folder of the products' banks, if not in the bundle.
+        remove: Product to remove.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    if remove is not None:
+        inferencer.remove(remove)
+        console.print(f"{escape(remove)} was removed.")
+    table = Table("product", "photos", "MB", "threshold")
+    for name in inferencer.products:
+        try:
+            bank = inferencer.bank(name)
+        except ValueError as error:
+            table.add_row(escape(name), "-", "-", escape(str(error)))
+            continue
+        own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g}"
+        table.add_row(escape(name), str(len(bank.references)), f"{bank.size / 1e6:.1f}", own)
+    console.print(table)
+
+
+def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None) -> None:
+    """Inspect photos: a map over each (PNG), and a table (results.csv).
+
+    Files that cannot be read are reported and left out; the command then ends with status 1.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        product: What the photos show.
+        photos: Folder of photos, or one photo.
+        output: Folder for the results.
+        banks: Folder of the products' banks, if not in the bundle.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    inferencer.bank(product)
+    paths = photo_files(photos)
+    root = photos if photos.is_dir() else photos.parent
+    rows: list[dict[str, Any]] = []
+    problems = []
+    for path in track(paths, description="Inspecting", console=Console(stderr=True)):
+        name = path.relative_to(root).as_posix()
+        try:
+            pixels = read_pixels(path)
+        except PhotoError as error:
+            problems.append(str(error))
+            rows.append({"photo": name, "error": str(error)})
+            continue
+        found = inferencer.predict(pixels, product)
+        picture = output / "maps" / f"{name}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        overlay(pixels, found.map, stretch=inferencer.manifest.map.threshold is None).save(picture)
+        label = "" if found.label is None else ("anomalous" if found.label else "good")
+        rows.append(
+            {"photo": name, "score": f"{found.score:.6f}", "label": label, "raw_score": f"{found.raw_score:.6f}"}
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["photo", "score", "label", "raw_score", "error"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(output / "results.csv", text.getvalue().encode())
+    console.print(f"{len(rows) - len(problems)} of {len(rows)} photos inspected: {escape(str(output / 'results.csv'))}")
+    if problems:
+        for problem in problems:
+            console.print(f"[red]not inspected:[/red] {escape(problem)}")
+        sys.exit(1)
+
+
+def serve(
+    bundle: Path,
+    banks: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_upload_mb: int = 30,
+) -> None:
+    """Open a web page to enroll products and inspect photos.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        banks: Folder of the products' banks, if not in the bundle.
+        host: Address to listen on; by default this machine alone can open the page. There is no password.
+        port: Port; by default the first free one from 7860 on.
+        max_upload_mb: Largest file that is accepted.
+    """
+    try:
+        from anomalib_resad.deploy.serve import launch  # noqa: PLC0415  # Gradio is an extra
+    except ModuleNotFoundError as error:
+        msg = f"The page needs {error.name}: pip install gradio, or the extra [serve]."
+        raise ValueError(msg) from error
+
+    launch(ResADInferencer(bundle, banks=banks), host, port, max_upload_mb)
+
+
+VERBS: dict[str, Any] = {
+    "export": export,
+    "enroll": enroll,
+    "predict": predict,
+    "products": products,
+    "parity": parity,
+    "serve": serve,
+}
+
+
+def main() -> None:
+    """Run the command."""
+    try:
+        auto_cli(VERBS, as_positional=False, prog="resad")
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

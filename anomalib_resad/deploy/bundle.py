@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A bundle: one folder that holds an exported model, and a manifest that says what it is.
+
+``encoder.xml`` makes features of photos, ``detector.xml`` scores and maps of features and a bank. Every file stands in
+``manifest.json`` with its SHA-256.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import Any, Literal
+
+from anomalib_resad.photo_files import content_hash
+
+Precision = Literal["fp32", "fp16", "int8"]
+FORMAT = 1
+MANIFEST = "manifest.json"
+ENCODER, DETECTOR = "encoder.xml", "detector.xml"
+
+
+class BundleError(ValueError):
+    """A bundle cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """Shape of one level's feature map."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def patches(self) -> int:
+        """Patches of one photo."""
+        return self.height * self.width
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How raw values become 0..1 with 0.5 at the threshold; ``None`` where nothing was learned.
+
+    Attributes:
+        threshold (float | None): Raw value above which it is anomalous.
+        low (float | None): Lowest raw value of the validation.
+        high (float | None): Highest raw value of the validation.
+    """
+
+    threshold: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is.
+
+    Attributes:
+        model (str): SHA-256 of weights and settings, the same for every precision and every export of one model.
+        precision (Precision): How the weights are stored: 32 or 16 bits, or an encoder of 8 bits.
+        backbone (str): Name of the backbone.
+        image_size (tuple[int, int]): Height and width of the maps.
+        levels (tuple[Level, ...]): The levels of the features.
+        row_multiple (int): The detector takes a bank whose rows are a multiple of this.
+        score (Scale): Normalization of the score.
+        map (Scale): Normalization of the map.
+        label_above (float): Normalized score above which a photo is anomalous.
+        versions (dict[str, str]): Packages that made it.
+        files (dict[str, str]): SHA-256 of each file.
+    """
+
+    model: str
+    precision: Precision
+    backbone: str
+    image_size: tuple[int, int]
+    levels: tuple[Level, ...]
+    row_multiple: int
+    score: Scale
+    map: Scale
+    label_above: float
+    versions: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def encoder(self) -> str:
+        """What a bank must have been made with: features of other weights, or of 8 bits, are other features."""
+        return f"{self.model}/{'int8' if self.precision == 'int8' else 'float'}"
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest into a folder."""
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _parse(known: dict[str, Any]) -> Manifest:
+    known["image_size"] = tuple(known["image_size"])
+    known["levels"] = tuple(Level(**level) for level in known["levels"])
+    known["score"], known["map"] = Scale(**known["score"]), Scale(**known["map"])
+    return Manifest(**known)
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and check a bundle: its manifest, and that every file is as it was written.
+
+    Raises:
+        BundleError: If something is missing, altered, or of another version.
+    """
+    path = bundle / MANIFEST
+    again = "Copy the folder again, or make it with `resad export`."
+    if not path.is_file():
+        msg = f"{bundle} is no bundle: it has no {MANIFEST}. Make one with `resad export`."
+        raise BundleError(msg)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        made_as = content.pop("format")
+        manifest = _parse(content) if made_as == FORMAT else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        msg = f"{path} cannot be read ({error!r}). {again}"
+        raise BundleError(msg) from error
+    if manifest is None:
+        msg = f"{path} has format {made_as}, this version reads {FORMAT}. Export the checkpoint again."
+        raise BundleError(msg)
+    for name, digest in manifest.files.items():
+        file = bundle / name
+        if Path(name).name != name or not file.is_file() or content_hash(file) != digest:
+            problem = "altered or truncated" if file.is_file() else "missing"
+            msg = f"{file} is {problem}. {again}"
+            raise BundleError(msg)
+    return manifest
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, also when the device loses its power."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its name at the end, unless something failed.
+
+    Raises:
+        FileExistsError: If ``path`` exists.
+    """
+    if path.exists():
+        msg = f"{path} exists; nothing was changed. Choose another output folder, or remove this one."
+        raise FileExistsError(msg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    finally:
+        rmtree(temporary, ignore_errors=True)

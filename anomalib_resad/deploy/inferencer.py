@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import openvino as ov
+
+from anomalib_resad.deploy.bank import (
+    SUFFIX,
+    Bank,
+    BankError,
+    Reference,
+    bank_file,
+    check_bank,
+    padded,
+    read_bank,
+    thin_out,
+)
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Scale, read_manifest
+from anomalib_resad.photo_files import Photo, PhotoError, photo_files, photo_identity, read_pixels
+
+Photos: TypeAlias = str | Path | Iterable[Photo]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in a photo.
+
+    Attributes:
+        score (float): 0 to 1, 0.5 at the threshold.
+        label (bool | None): Whether it is anomalous; ``None`` where no threshold is known.
+        map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input.
+        raw_score (float): The score before normalization, which thresholds of products refer to.
+    """
+
+    score: float
+    label: bool | None
+    map: np.ndarray
+    raw_score: float
+
+
+def _center_and_width(scale: Scale) -> tuple[float, float]:
+    """What is subtracted from a raw value, and what it is divided by; 0 and 1 where nothing was learned."""
+    if scale.low is None or scale.high is None:
+        return (0.0, 2.0) if scale.threshold is None else (scale.threshold, 1.0)
+    center = (scale.high + scale.low) / 2 if scale.threshold is None else scale.threshold
+    return center, scale.high - scale.low if scale.high > scale.low else 1.0
+
+
+def normalize(raw: np.ndarray, scale: Scale) -> np.ndarray:
+    """``RankKeepingPostProcessor`` in numpy: strictly increasing into 0..1, 0.5 at the threshold."""
+    center, width = (np.float32(value) for value in _center_and_width(scale))
+    u = 2 * (raw - center) / width
+    return 0.5 + u / (2 * (1 + np.abs(u)))
+
+
+def denormalize(value: float, scale: Scale) -> float:
+    """The raw value that :func:`normalize` makes ``value`` of, for ``0 < value < 1``."""
+    center, width = _center_and_width(scale)
+    v = 2 * value - 1
+    return center + v / (1 - abs(v)) * width / 2
+
+
+class ResADInferencer:
+    """One exported model for all products; the device itself learns a new one from a few good photos.
+
+    Safe to use from several threads, which wait for each other. Everything is computed in float32, whatever precision
+    the device would choose by itself.
+
+    Args:
+        bundle (Path | str): Folder made by ``resad export``.
+        device (str): OpenVINO device.
+        banks (Path | str | None): Folder of the products' banks; ``banks`` in the bundle by default.
+        threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
+        most_loaded (int): Most banks kept in memory, the least recently used dropped first.
+
+    Raises:
+        BundleError: If the bundle cannot be used.
+    """
+
+    def __init__(
+        self,
+        bundle: Path | str,
+        device: str = "CPU",
+        banks: Path | str | None = None,
+        threads: int | None = None,
+        most_loaded: int = 32,
+    ) -> None:
+        self.bundle = Path(bundle)
+        self.manifest = read_manifest(self.bundle)
+        self.banks = Path(banks) if banks is not None else self.bundle / "banks"
+        self.device = device
+        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None:
+            self._config["INFERENCE_NUM_THREADS"] = threads
+        self._core = ov.Core()
+        self._requests: dict[str, ov.InferRequest] = {}
+        self._loaded: OrderedDict[str, tuple[tuple[int, int], Bank, list[np.ndarray]]] = OrderedDict()
+        self._most_loaded = most_loaded
+        self._lock = threading.RLock()
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the enrolled products, sorted."""
+        return sorted(path.name.removesuffix(SUFFIX) for path in self.banks.glob(f"[!.]*{SUFFIX}"))
+
+    def enroll(
+        self,
+        name: str,
+        photos: Photos,
+        threshold: float | None = None,
+        max_patches: int | None = None,
+        replace_existing: bool = False,
+    ) -> Bank:
+        """Learn a product from good photos.
+
+        The result depends on the photos alone, not on their order or names; identical photos count once. It is written
+        whole or not at all.
+
+        Args:
+            name (str): The product.
+            photos (Photos): A folder, or photos.
+            threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
+            max_patches (int | None): Most rows of a level; ``None`` keeps them all.
+            replace_existing (bool): Replace the product if it is enrolled already.
+
+        Raises:
+            ValueError: If the product exists, its name is no file name, or a number is impossible.
+            PhotoError: If a photo cannot be used; nothing was written then.
+        """
+        path = bank_file(self.banks, name)
+        if path.exists() and not replace_existing:
+            msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
+            raise ValueError(msg)
+        if max_patches is not None and max_patches < 1:
+            msg = f"max_patches={max_patches} must be at least 1, or None."
+            raise ValueError(msg)
+        features = self._features_of(photos)
+        if not features:
+            msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
+            raise PhotoError(msg)
+        return self._write(self._bank_of(name, features, threshold, max_patches), path)
+
+    def add(self, name: str, photos: Photos) -> Bank:
+        """Add good photos to a product; the bank is then as if all had been enrolled at once.
+
+        Raises:
+            ValueError: If the product is not enrolled, or its bank was thinned out.
+            PhotoError: If a photo cannot be used.
+        """
+        bank = self._whole_bank(name)
+        features = self._rows_of(bank) | self._features_of(photos)
+        return self._write(self._bank_of(name, features, bank.threshold, None), bank_file(self.banks, name))
+
+    def remove(self, name: str, photo: str | None = None) -> None:
+        """Remove a product, or one of its photos by name.
+
+        Raises:
+            ValueError: If there is no such product or photo, or it is the last photo.
+        """
+        path = bank_file(self.banks, name)
+        if photo is None:
+            self._stat(name)
+            path.unlink()
+            self._loaded.pop(name, None)
+            return
+        bank = self._whole_bank(name)
+        kept = {reference: rows for reference, rows in self._rows_of(bank).items() if reference.name != photo}
+        if len(kept) == len(bank.references) or not kept:
+            names = ", ".join(reference.name for reference in bank.references)
+            msg = f"{photo!r} is not one of several photos of {name!r} ({names}). Nothing was changed."
+            raise ValueError(msg)
+        self._write(self._bank_of(name, kept, bank.threshold, None), path)
+
+    def set_threshold(self, name: str, threshold: float | None) -> Bank:
+        """Give a product its own threshold of the raw score, or with ``None`` the model's again."""
+        return self._write(self.bank(name).with_threshold(threshold), bank_file(self.banks, name))
+
+    def bank(self, name: str) -> Bank:
+        """The bank of a product.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._load(name)[0]
+
+    def _stat(self, name: str) -> tuple[int, int]:
+        """Time and size of a bank's file, by which a change is noticed."""
+        try:
+            stat = bank_file(self.banks, name).stat()
+        except FileNotFoundError as error:
+            known = ", ".join(self.products) or "none"
+            msg = f"{name!r} is not enrolled. Enrolled: {known}."
+            raise ValueError(msg) from error
+        return stat.st_mtime_ns, stat.st_size
+
+    def _load(self, name: str) -> tuple[Bank, list[np.ndarray]]:
+        """A bank, and its rows as the detector takes them."""
+        with self._lock:
+            stat = self._stat(name)
+            if name not in self._loaded or self._loaded[name][0] != stat:
+                bank = read_bank(bank_file(self.banks, name), self.manifest)
+                multiple = self.manifest.row_multiple
+                levels = range(len(self.manifest.levels))
+                rows = [padded(bank.arrays[f"rows_{level}"], multiple) for level in levels]
+                self._loaded[name] = (stat, bank, rows)
+                while len(self._loaded) > self._most_loaded:
+                    self._loaded.popitem(last=False)
+            self._loaded.move_to_end(name)
+            return self._loaded[name][1:]
+
+    def _whole_bank(self, name: str) -> Bank:
+        bank = self.bank(name)
+        if bank.max_patches is not None:
+            msg = f"{name!r} was thinned out (max_patches={bank.max_patches}). Enroll it again from all its photos."
+            raise ValueError(msg)
+        return bank
+
+    def _features_of(self, photos: Photos) -> dict[Reference, list[np.ndarray]]:
+        """Rows of each photo and level, shape ``(H_l * W_l, C_l)``."""
+        listed: Sequence[Photo] = photo_files(photos) if isinstance(photos, str | Path) else list(photos)
+        pixels = [read_pixels(photo) for photo in listed]  # all of them, before anything is computed
+        rows = {}
+        for photo, array in zip(listed, pixels, strict=True):
+            features = self.encode(array[None])
+            rows[Reference(*photo_identity(photo))] = [
+                np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features
+            ]
+        return rows
+
+    def _rows_of(self, bank: Bank) -> dict[Reference, list[np.ndarray]]:
+        count = len(bank.references)
+        levels = [np.split(bank.arrays[f"rows_{level}"], count) for level in range(len(self.manifest.levels))]
+        return {reference: [level[index] for level in levels] for index, reference in enumerate(bank.references)}
+
+    def _bank_of(
+        self,
+        name: str,
+        features: dict[Reference, list[np.ndarray]],
+        threshold: float | None,
+        max_patches: int | None,
+    ) -> Bank:
+        unique = {
+            reference.sha256: reference for reference in sorted(features, key=lambda each: each.name, reverse=True)
+        }
+        references = tuple(unique[digest] for digest in sorted(unique))
+        arrays = {}
+        for level in range(len(self.manifest.levels)):
+            rows = np.concatenate([features[reference][level] for reference in references])
+            arrays[f"rows_{level}"] = rows if max_patches is None else thin_out(rows, max_patches)
+        bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches)
+        return bank.with_threshold(threshold)
+
+    def _write(self, bank: Bank, path: Path) -> Bank:
+        check_bank(bank, self.manifest, bank.product)
+        with self._lock:
+            try:
+                self.banks.mkdir(parents=True, exist_ok=True)
+                bank.save(path)
+            except OSError as error:
+                msg = f"{path} cannot be written ({error}). Pass a folder for `banks` that can be."
+                raise BankError(msg) from error
+            self._loaded.pop(bank.product, None)
+        return bank
+
+    # -- inspection ---------------------------------------------------------------------------------------------------
+
+    def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Run one of the two models, compiled at its first use."""
+        with self._lock:
+            if file not in self._requests:
+                model = self._core.compile_model(self.bundle / file, self.device, self._config)
+                self._requests[file] = model.create_infer_request()
+            outputs = self._requests[file].infer(inputs, share_inputs=True)
+            return [outputs[number] for number in range(len(outputs))]
+
+    def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
+        return self._run(ENCODER, [pixels])
+
+    def predict(self, photo: Photo, product: str) -> Prediction:
+        """Inspect a photo.
+
+        Args:
+            photo (Photo): A file, a Pillow image, or an array of uint8, shape ``(H, W, 3)``.
+            product (str): What it shows.
+
+        Raises:
+            ValueError: If the product is not enrolled.
+            PhotoError: If the photo cannot be used.
+        """
+        return self.predict_batch([photo], product)[0]
+
+    def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
+        """Inspect photos of one product together, of any sizes."""
+        bank, rows = self._load(product)
+        encoded = [self.encode(read_pixels(photo)[None]) for photo in photos]
+        if not encoded:
+            return []
+        features = [np.concatenate(level) for level in zip(*encoded, strict=True)]
+        scores, maps = self._run(DETECTOR, [*features, *rows])
+        scale = self.manifest.score
+        if bank.threshold is not None:
+            scale = replace(scale, threshold=bank.threshold)
+        above = self.manifest.label_above if scale.threshold is not None else None
+        normalized, normalized_maps = normalize(scores, scale), normalize(maps[:, 0], self.manifest.map)
+        return [
+            Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw))
+            for score, anomaly_map, raw in zip(normalized, normalized_maps, scores, strict=True)
+        ]

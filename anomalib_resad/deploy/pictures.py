@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Anomaly maps over photos, with numpy and Pillow alone."""
+
+import numpy as np
+from PIL import Image
+
+
+def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) -> Image.Image:
+    """Lay a map over its photo: clear where it is 0, red at 0.5 and above, yellow at 1.
+
+    Args:
+        pixels (np.ndarray): The photo, uint8, shape ``(H, W, 3)``.
+        anomaly_map (np.ndarray): Map of any size, 0 to 1.
+        stretch (bool): Use the map's own range: for models that learned no threshold, whose 0.5 means nothing.
+    """
+    if stretch:
+        low, high = float(anomaly_map.min()), float(anomaly_map.max())
+        anomaly_map = (anomaly_map - low) / max(high - low, 1e-6)
+    height, width = pixels.shape[:2]
+    resized = Image.fromarray(anomaly_map.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    value = np.clip(np.asarray(resized), 0, 1)[:, :, None]
+    color = np.concatenate([np.ones_like(value), np.clip(2 * value - 1, 0, 1), np.zeros_like(value)], axis=2) * 255
+    strength = 0.8 * np.clip(2 * value - 0.4, 0, 1)
+    return Image.fromarray((pixels * (1 - strength) + color * strength).astype(np.uint8))
