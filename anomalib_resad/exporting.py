@@ -44,7 +44,8 @@ class ExportMixin(_Module):
         """Export to OpenVINO as anomalib does, in a form that every device computes in float32.
 
         Where OpenVINO chooses bfloat16 by itself, a plain export finds other references and other maps. ``INT8_PTQ``
-        quantizes the backbone's convolutions alone. The thresholds are written beside the model. See anomalib's method for the arguments.
+        quantizes the backbone's convolutions alone. The thresholds are written beside the model. See anomalib's method
+        for the arguments.
 
         Raises:
             ValueError: If ``compression_type`` is ``INT8`` or ``INT8_ACQ``, or ``INT8_PTQ`` finds nothing to quantize.

@@ -47,7 +47,7 @@ def leave_one_out(model: ResADModel, photos: int, image_size: Sequence[int]) -> 
     try:
         levels = model.bank.levels
         blank = torch.zeros(1, 3, *image_size, dtype=levels[0].dtype, device=levels[0].device)
-        grids = [tuple(level.shape[-2:]) for level in model.backbone(blank)]
+        grids = [tuple(level.shape[-2:]) for level in model.encode(blank)]
         if any(len(rows) != photos * height * width for rows, (height, width) in zip(levels, grids, strict=True)):
             msg = (
                 f"The bank's levels hold {[len(rows) for rows in levels]} rows, which are not {photos} whole photos of "

@@ -80,7 +80,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
         residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
         constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, but ``"mlp"`` where the backbone is a
-            vision transformer; or another of the papers' ablation.
+            vision transformer; or another of the papers' ablation. The default has none.
         occ (OneClass | None): The constraintor's loss, ``"abnormal_invariant"`` / ``"log_barrier_bidirectional"``; the
             others are these without their abnormal term and without their second side, and ``"none"``.
         coupling_layers (int | None): Coupling layers of each flow, 8 / 10.
@@ -167,9 +167,9 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         # Plain types only: a checkpoint is loaded with weights_only=True.
         self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": list(image_size)})
-        if constraintor is None and describe(backbone).is_transformer:
-            self.hparams.update({"constraintor": "mlp"})  # its patches are no local pattern for a convolution
         self.hparams.update(resolve(variant, self.hparams))
+        if constraintor is None and self.hparams["constraintor"] != "none" and describe(backbone).is_transformer:
+            self.hparams.update({"constraintor": "mlp"})  # its patches are no local pattern for a convolution
         if checkpoint is None:
             self.model = self._build()
         else:

@@ -19,7 +19,7 @@ from anomalib_resad import ResAD
 from anomalib_resad.backbone import FeaturePyramid, choose_layers, describe
 from tests.conftest import cross_category, quiet_engine
 
-SMALL = {"pre_trained": False, "coupling_layers": 1, "position_channels": 8, "k_shot": 2, "visualizer": False}
+SMALL = {"pre_trained": False, "k_shot": 2, "visualizer": False}
 
 
 class BackboneMatrix:
@@ -47,7 +47,7 @@ class BackboneMatrix:
     def checkpoint(self, products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """One training step, one validation step, saved."""
         torch.manual_seed(0)
-        model = ResAD(backbone=self.backbone, image_size=self.image_size, flow_steps=1, lr=1e-3, **SMALL)
+        model = ResAD(backbone=self.backbone, image_size=self.image_size, **SMALL)
         before = {name: value.clone() for name, value in model.model.named_parameters()}
         limits = {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
         engine = quiet_engine(tmp_path_factory.mktemp("backbone"), **limits)
@@ -64,7 +64,8 @@ class BackboneMatrix:
     def test_levels(self, checkpoint: Path) -> None:
         model = ResAD.load_from_checkpoint(checkpoint)
         assert tuple(model.hparams["layers"]) == self.layers
-        assert model.hparams["constraintor"] == self.constraintor
+        published = ResAD(backbone=self.backbone, image_size=self.image_size, variant="resad", pre_trained=False)
+        assert published.hparams["constraintor"] == self.constraintor
         features = model.model.backbone(torch.zeros(1, 3, *self.image_size))
         assert tuple(tuple(level.shape[-2:]) for level in features) == self.grids
         assert model.model.backbone.channels == [level.shape[1] for level in features]
@@ -86,7 +87,7 @@ class BackboneMatrix:
     def test_export_gives_the_same_numbers(self, checkpoint: Path, photos: Tensor, tmp_path: Path) -> None:
         if not self.exports and not os.environ.get("RESAD_TEST_ALL"):
             pytest.skip("exported where RESAD_TEST_ALL is set; another member of the family always is")
-        model = ResAD(checkpoint=checkpoint, estimator="distance").eval()  # the flow does not depend on the backbone
+        model = ResAD(checkpoint=checkpoint).eval()
         with torch.no_grad():
             ours = model.post_processor(model.model(model.pre_processor.transform(photos)))
         f32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -173,7 +174,9 @@ def test_broken_patches_are_refused_with_sizes_that_fit(size: tuple[int, int], f
 
 
 def test_a_set_constraintor_is_kept() -> None:
-    model = ResAD(backbone="vit_tiny_patch16_224", image_size=(32, 32), constraintor="none", pre_trained=False)
+    model = ResAD(
+        backbone="vit_tiny_patch16_224", image_size=(32, 32), variant="resad", constraintor="none", pre_trained=False
+    )
     assert model.hparams["constraintor"] == "none"
 
 
