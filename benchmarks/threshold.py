@@ -7,6 +7,7 @@ leave-one-out leaderboard. Each finished cell is a line of ``cells.jsonl``: the 
 """
 
 import json
+import logging
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.photos import content_hash, seeded
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from benchmarks.cells import Cell, append_cell, key, read_cells
+from benchmarks.measure import pixel_quality
 from benchmarks.methods import engine
 from benchmarks.quiet import quiet_lightning
 from benchmarks.settings import PACKAGES, write_whole
@@ -63,8 +65,8 @@ def best_threshold(scores: Tensor, labels: Tensor) -> float:
     return float(torch.nextafter(threshold, torch.tensor(-torch.inf)))
 
 
-def best_f1(scores: Tensor, labels: Tensor) -> float:
-    """Threshold of the best F1 over all thresholds, by counting; what no rule can surpass."""
+def best_possible(scores: Tensor, labels: Tensor) -> float:
+    """The threshold of the best F1 over all thresholds, by counting: what no rule can surpass."""
     values = scores.unique()
     candidates = torch.cat([values[:1] - 1, values])
     found = [f1_score(scores > value, labels) for value in candidates]
@@ -99,8 +101,9 @@ def source_statistics(checkpoint: Path, source: CrossCategory) -> RankKeepingPos
     return post_processor
 
 
-def measure(cell: Cell, data: AnomalibDataModule, checkpoint: Path, source: RankKeepingPostProcessor,
-            rates: list[float]) -> dict[str, Any]:  # fmt: skip
+def measure(
+    cell: Cell, data: AnomalibDataModule, checkpoint: Path, source: RankKeepingPostProcessor, rates: list[float]
+) -> dict[str, Any]:
     """Enroll the drawn references, score the test images, and judge them by each rule."""
     seed_everything(cell.draw)
     model = ResAD(checkpoint=checkpoint, k_shot=cell.shots, reference_seed=cell.draw, post_processor=False,
@@ -126,8 +129,10 @@ def measure(cell: Cell, data: AnomalibDataModule, checkpoint: Path, source: Rank
     for rate in rates:
         source.calibrate(references, rate)
         judge("calibrated", rate, source)
-    best = best_f1(scores, labels)
-    rules.append({"rule": "best possible", "threshold": best} | image_figures(scores > best, labels))
+    best = best_possible(scores, labels)
+    pixel = None if masks is None else pixel_quality(maps, masks.int())[2]
+    row = {"rule": "best possible", "threshold": best} | image_figures(scores > best, labels)
+    rules.append(row | {"pixel_F1": pixel})
     halves = labeled_half(scores, labels, cell.draw)
     rules.append({"rule": "anomalib, labeled half"} | image_figures(halves, labels))
     return {
@@ -216,6 +221,7 @@ def main(
         source_batch_size: Images per batch of these.
     """
     quiet_lightning()
+    logging.getLogger("anomalib_resad").setLevel(logging.ERROR)  # rates that few references cannot show are the point
     targets = {str(single.category): single for single in split_categories(target)}
     found = find_checkpoints(checkpoints, method, list(targets))
     settings = {

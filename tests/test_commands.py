@@ -120,7 +120,9 @@ def test_predict_with_references(source: Path, workplace: Path) -> None:
 
 def test_test_and_predict_with_a_checkpoint(enrolled: Path, workplace: Path) -> None:
     assert enrolled.is_file()
-    output = run(one("anomalib test"), workplace, "--data.num_workers", "0")
+    calibrated = ["--model.false_alarm_rate", "0.2"]
+    output = run(one("anomalib test"), workplace, "--data.num_workers", "0", *calibrated)
+    assert "at a wished false-alarm rate of 0.2; the references score" in output
     assert "pixel_AUROC" in output
     assert "Enrolled" not in output, "the checkpoint's bank is kept"
     run(one("predict", "--ckpt_path"), workplace)
