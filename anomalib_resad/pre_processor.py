@@ -42,7 +42,9 @@ class AntialiasedResize(nn.Module):
         """Resize images, shape ``(..., H, W)`` to ``(..., *size)``."""
         rows = resize_weights(image.shape[-2], self.size[0], image)
         columns = resize_weights(image.shape[-1], self.size[1], image)
-        return rows @ image @ columns.T
+        # As many axes as the image has: the CPU plugin would add them, and drop the mark that keeps float32.
+        axes = (None,) * (image.ndim - 2)
+        return rows[axes] @ image @ columns.T[axes]
 
 
 def _exact(transform: Transform | None, exportable: nn.Module | None) -> nn.Module | None:
@@ -53,7 +55,7 @@ def _exact(transform: Transform | None, exportable: nn.Module | None) -> nn.Modu
     if (
         isinstance(transform, Resize)
         and transform.antialias
-        and transform.interpolation == InterpolationMode.BILINEAR
+        and transform.interpolation in (InterpolationMode.BILINEAR, "bilinear")  # torchvision's default is the text
         and transform.size is not None
         and len(transform.size) == 2
     ):

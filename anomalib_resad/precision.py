@@ -6,7 +6,8 @@ On CPUs with bfloat16 units (AMX, AVX512-BF16) OpenVINO computes in bfloat16 unl
 nearest reference of a patch is often another one, and the flow's exponent turns the difference into another map.
 A model file cannot carry the inference precision, but each of its operations can carry the mark ``precise``, which the
 CPU plugin honors. It drops the mark where it replaces an operation by another one, so those replacements are made
-here, before the marks. Checked by `tests/test_precision.py` in the graph that OpenVINO runs.
+here, before the marks. `tests/test_export.py` looks into the graph that
+OpenVINO runs.
 """
 
 import logging
@@ -220,19 +221,6 @@ def rewrite_in_float32(path: Path) -> None:
         del model  # it reads the old weights from the disk
         for suffix in (".bin", ".xml"):
             new.with_suffix(suffix).replace(path.with_suffix(suffix))
-
-
-def reduced_operations(path: Path) -> list[str]:
-    """Names of the operations that this machine's CPU would not compute in float32, in its default precision."""
-    compiled = ov.Core().compile_model(path, "CPU")
-    moved = ("Reshape", "Reorder", "Split", "Const", "ShapeOf", "Concatenation", "Gather", "Transpose")
-    found = []
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        kind, precision = (info[key].astype(str) for key in ("layerType", "runtimePrecision"))
-        if precision in ("bf16", "f16") and kind not in moved:
-            found.append(f"{kind} {node.get_friendly_name()} {precision}")
-    return found
 
 
 def quantize_encoder(model: ov.Model, photos: Sequence[np.ndarray]) -> ov.Model:

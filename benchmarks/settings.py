@@ -24,7 +24,8 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
@@ -45,7 +46,7 @@ def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) 
         "weights_sha256": content_hash(weights) if weights else None,
         "versions": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": torch.get_num_threads(),
     }
     settings = json.loads(json.dumps(settings, default=str))

@@ -12,6 +12,7 @@ from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
+from anomalib_resad.deploy.export import export_bundle
 from benchmarks.products import make_product
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -84,3 +85,9 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny ResAD as a bundle, in float32."""
+    return export_bundle(trained, tmp_path_factory.mktemp("bundles") / "fp32")

@@ -10,14 +10,14 @@ import openvino
 import pytest
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.deploy import OpenVINOInferencer
+from anomalib.deploy import CompressionType, OpenVINOInferencer
 from PIL import Image
 
 from anomalib_resad import ResAD
 from anomalib_resad.calibration import Thresholds
 from anomalib_resad.leave_one_out import leave_one_out
 from anomalib_resad.photos import read_photo
-from tests.conftest import TINY, quiet_engine
+from tests.conftest import TINY, product, quiet_engine
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -40,11 +40,18 @@ def model(trained: Path) -> ResAD:
     return ResAD.load_from_checkpoint(trained).eval()
 
 
+@pytest.mark.parametrize("config", [None, F32])
 def test_openvino_inferencer_agrees_with_evaluation(
-    exported: dict[str, Path], model: ResAD, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: dict[str, Path],
+    model: ResAD,
+    products: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, str] | None,
 ) -> None:
+    """Also in the precision that OpenVINO chooses by itself, which is bfloat16 on CPUs that have it."""
     monkeypatch.chdir(tmp_path)  # the inferencer makes a cache folder where it stands
-    inferencer = OpenVINOInferencer(exported["openvino"], device="CPU", config=F32)
+    inferencer = OpenVINOInferencer(exported["openvino"], device="CPU", config=config)
     photos = sorted((products / "tiles" / "test").glob("*/*.png"))
     large = tmp_path / "large.png"  # larger than the input, and not square
     Image.open(photos[0]).resize((300, 170)).save(large)
@@ -75,6 +82,51 @@ def test_the_threshold_of_an_export_can_be_changed(exported: dict[str, Path], mo
     (exported["onnx"].parent / "bad.json").write_text('{"image_threshold": 1}')
     with pytest.raises(ValueError, match=r"bad\.json holds no thresholds"):
         Thresholds.read(exported["onnx"].parent / "bad.json")
+
+
+def precisions(path: Path) -> dict[str, str]:
+    """Precision of each operation that this CPU runs, where OpenVINO may choose it."""
+    compiled = openvino.Core().compile_model(path, "CPU")
+    found = {}
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if info["layerType"].astype(str) not in ("Const", "Reorder"):
+            found[f"{info['layerType'].astype(str)} {node.get_friendly_name()}"] = info["runtimePrecision"].astype(str)
+    return found
+
+
+def test_every_operation_stays_in_float32(exported: dict[str, Path]) -> None:
+    """A plain export of the same model does not, on a CPU with bfloat16; there the check can fail."""
+    reduced = {name: kind for name, kind in precisions(exported["openvino"]).items() if kind in ("bf16", "f16")}
+    assert not reduced
+    if openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16:
+        plain = openvino.convert_model(exported["onnx"])
+        path = exported["onnx"].with_name("plain.xml")
+        openvino.save_model(plain, path)
+        assert "bf16" in precisions(path).values()
+
+
+def test_compressed_exports_are_usable(
+    model: ResAD, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo = min((products / "tiles" / "test").glob("*/*.png"))
+    ours = evaluate(model, read_photo(photo)[None])
+    data = product(products, "tiles")
+    for kind, correlation in ((CompressionType.FP16, 0.99), (CompressionType.INT8_PTQ, 0.7)):
+        path = model.to_openvino(tmp_path / kind, compression_type=kind, datamodule=data)
+        theirs = OpenVINOInferencer(path, device="CPU").predict(photo)
+        pair = theirs.anomaly_map.ravel(), ours.anomaly_map.numpy().ravel()
+        assert np.corrcoef(*pair)[0, 1] > correlation, kind
+        if kind == CompressionType.INT8_PTQ:
+            quantized = [name for name, precision in precisions(path).items() if precision in ("u8", "i8")]
+            assert any(name.startswith("Convolution") for name in quantized)
+            assert not any(name.startswith(("MatMul", "FullyConnected")) for name in quantized)
+    for kind in (CompressionType.INT8, CompressionType.INT8_ACQ):
+        with pytest.raises(ValueError, match="destroys the maps"):
+            model.to_openvino(tmp_path, compression_type=kind)
+    with pytest.raises(ValueError, match="pass `datamodule`"):
+        model.to_openvino(tmp_path, compression_type=CompressionType.INT8_PTQ)
 
 
 def test_openvino_batches_of_any_size(exported: dict[str, Path], model: ResAD) -> None:

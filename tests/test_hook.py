@@ -42,6 +42,8 @@ def test_entry_point_is_installed() -> None:
         "import anomalib.models",
         "import torch",
         "import anomalib_resad",
+        "from anomalib_resad import ResAD",
+        "from anomalib_resad.callback import FewShotReferences",
         "from anomalib.engine import Engine",
         "from anomalib.models.image.padim.torch_model import PadimModel",
     ],

@@ -27,6 +27,7 @@ def test_export_keeps_antialiasing_after_a_restore() -> None:
     restored.load_checkpoint_config(ExactPreProcessor(transform).checkpoint_config())
     photo = torch.rand(1, 3, 200, 150)
     assert restored.transform is not None
+    torch.testing.assert_close(ExactPreProcessor(transform)(photo), transform(photo), rtol=0, atol=1e-5)  # and before
     torch.testing.assert_close(restored(photo), restored.transform(photo), rtol=0, atol=2e-5)
 
 

@@ -131,7 +131,9 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
         with gr.Tab("Products"), gr.Row():
             with gr.Column():
                 name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
-                files = gr.File("multiple", type="filepath", label="Good photos", file_types=sorted(EXTENSIONS))
+                files = gr.File(
+                    label="Good photos", file_count="multiple", file_types=sorted(EXTENSIONS), type="filepath"
+                )
                 enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
                 remove = gr.Button("Remove this product", variant="stop")
                 message = gr.Markdown(elem_id="message")

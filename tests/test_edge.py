@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The edge runtime: a bundle, its products, and the numbers of evaluation, without PyTorch."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from anomalib_resad import ResAD
+from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInferencer
+from anomalib_resad.deploy.bank import Bank, padded, thin_out
+from anomalib_resad.deploy.export import export_bundle, load_model, model_hash
+from anomalib_resad.deploy.inferencer import denormalize, normalize
+from anomalib_resad.deploy.parity import TorchReference
+from anomalib_resad.post_processor import RankKeepingPostProcessor
+
+BLOCKED = ("torch", "torchvision", "anomalib", "lightning", "timm", "FrEIA", "torchmetrics", "pandas", "matplotlib")
+RUN = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError("the edge must not import " + name)
+sys.meta_path.insert(0, Blocked())
+sys.argv = ["resad", *{arguments}]
+from anomalib_resad.cli import main
+main()
+"""
+
+
+def resad(*arguments: object, status: int = 0) -> str:
+    """Run the command in a process where PyTorch and anomalib cannot be imported."""
+    code = RUN.format(blocked=BLOCKED, arguments=[str(each) for each in arguments])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == status, result.stdout + result.stderr
+    return " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.fixture
+def inferencer(bundle: Path, tmp_path: Path) -> ResADInferencer:
+    return ResADInferencer(bundle, banks=tmp_path / "banks")
+
+
+@pytest.fixture(scope="module")
+def good(products: Path) -> list[Path]:
+    return sorted((products / "tiles" / "train" / "good").glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def new(products: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Photos of the product, one of them larger than the input, not square, and gray with an alpha channel."""
+    photos = sorted((products / "tiles" / "test").glob("*/*.png"))
+    large = tmp_path_factory.mktemp("new") / "large.png"
+    Image.open(photos[0]).resize((300, 170)).convert("LA").save(large)
+    return [*photos, large]
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_numbers_of_evaluation(
+    inferencer: ResADInferencer, trained: Path, good: list[Path], new: list[Path], many: int
+) -> None:
+    """Also with a bank whose rows are no multiple of what the detector takes (16 in level 3, of one photo)."""
+    inferencer.enroll("tiles", good[:many])
+    evaluation = TorchReference(load_model(trained), good[:many])
+    for photo in new:
+        theirs, ours = inferencer.predict(photo, "tiles"), evaluation.predict(photo)
+        assert theirs.score == pytest.approx(ours.score, abs=1e-4)
+        assert theirs.raw_score == pytest.approx(ours.raw_score, abs=1e-4)
+        assert theirs.label == ours.label
+        np.testing.assert_allclose(theirs.map, ours.map, atol=1e-4)
+
+
+def test_batches_and_pixels_change_nothing(inferencer: ResADInferencer, good: list[Path], new: list[Path]) -> None:
+    inferencer.enroll("tiles", good[:2])
+    alone = [inferencer.predict(photo, "tiles") for photo in new]
+    for count in (1, 2, len(new)):
+        together = inferencer.predict_batch(new[:count], "tiles")
+        for one, other in zip(alone, together, strict=False):
+            assert one.score == pytest.approx(other.score, abs=1e-5)
+            np.testing.assert_allclose(one.map, other.map, atol=1e-5)
+    with Image.open(new[0]) as image:
+        pixels = np.asarray(image.convert("RGB"))
+        for photo in (image, pixels):
+            assert inferencer.predict(photo, "tiles").score == pytest.approx(alone[0].score, abs=1e-6)
+    with pytest.raises(PhotoError, match="uint8"):
+        inferencer.predict(pixels / 255, "tiles")
+    assert inferencer.predict_batch([], "tiles") == []
+
+
+def test_exporting_again_changes_nothing(
+    bundle: Path, trained: Path, good: list[Path], new: list[Path], tmp_path: Path
+) -> None:
+    """In half precision first, then again: the same model, whose bank serves both, and the same scores."""
+    half = ResADInferencer(export_bundle(trained, tmp_path / "fp16", "fp16"), banks=tmp_path / "banks")
+    full = ResADInferencer(bundle, banks=tmp_path / "banks")
+    half.enroll("tiles", good[:2])
+    assert half.manifest.model == full.manifest.model
+    assert full.predict(new[0], "tiles").score == pytest.approx(half.predict(new[0], "tiles").score, abs=0.02)
+    assert (tmp_path / "fp16" / "encoder.bin").stat().st_size < 0.6 * (bundle / "encoder.bin").stat().st_size
+    with pytest.raises(FileExistsError, match="nothing was changed"):
+        export_bundle(trained, tmp_path / "fp16")
+    with pytest.raises(ValueError, match="only int8, needs photos"):
+        export_bundle(trained, tmp_path / "int8", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["banks", "fp16"]
+
+
+def test_eight_bits_are_another_encoder(bundle: Path, trained: Path, good: list[Path], tmp_path: Path) -> None:
+    eight = ResADInferencer(export_bundle(trained, tmp_path / "int8", "int8", good), banks=tmp_path / "banks")
+    assert (tmp_path / "int8" / "encoder.bin").stat().st_size < 0.4 * (bundle / "encoder.bin").stat().st_size
+    eight.enroll("tiles", good[:2])
+    assert 0 < eight.predict(good[3], "tiles").score < 1
+    with pytest.raises(BankError, match="another model or precision"):
+        ResADInferencer(bundle, banks=tmp_path / "banks").bank("tiles")
+
+
+def test_the_model_is_named_by_its_weights(trained: Path) -> None:
+    one, other = load_model(trained), load_model(trained)
+    assert model_hash(one) == model_hash(other)
+    other.model.bank.fill([torch.rand(1, count, 2, 2) for count in (64, 128, 256)])
+    assert model_hash(one) == model_hash(other), "a bank is not part of the model"
+    with torch.no_grad():
+        next(other.model.backbone.parameters()).add_(1e-3)
+    assert model_hash(one) != model_hash(other)
+
+
+def test_enrollment_depends_on_the_photos_alone(inferencer: ResADInferencer, good: list[Path], tmp_path: Path) -> None:
+    copy = tmp_path / "copy.png"
+    shutil.copy(good[0], copy)
+    files = {}
+    for name, photos in (("a", good[:3]), ("b", [good[2], good[0], good[1]]), ("c", [*good[:3], copy])):
+        inferencer.enroll(name, photos)
+        files[name] = load_file(inferencer.banks / f"{name}.safetensors")
+    inferencer.enroll("d", good[2:3])
+    inferencer.add("d", good[:2])
+    files["d"] = inferencer.bank("d").arrays
+    inferencer.add("d", good[3:4])
+    inferencer.remove("d", good[3].name)
+    files["e"] = inferencer.bank("d").arrays
+    for arrays in files.values():
+        assert all(np.array_equal(arrays[key], files["a"][key]) for key in files["a"])
+    assert [each.sha256 for each in inferencer.bank("a").references] == [
+        each.sha256 for each in inferencer.bank("b").references
+    ]
+
+
+def test_nothing_is_written_unless_all_is_well(inferencer: ResADInferencer, good: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(good[0].read_bytes()[:200])
+    for name, photos, message in (
+        ("tiles", [good[0], broken], "broken.png: unreadable"),
+        ("tiles", [], "at least one good photo"),
+        ("tiles", [tmp_path / "none.png"], "no such file"),
+        ("../tiles", good[:1], "cannot be the name"),
+        (".tiles", good[:1], "cannot be the name"),
+        ("a/b", good[:1], "cannot be the name"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            inferencer.enroll(name, photos)
+    assert inferencer.products == []
+    assert not inferencer.banks.exists()
+    inferencer.enroll("tiles", good[:1])
+    before = (inferencer.banks / "tiles.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="enrolled already"):
+        inferencer.enroll("tiles", good[1:2])
+    with pytest.raises(PhotoError):
+        inferencer.add("tiles", [broken])
+    with pytest.raises(ValueError, match="Enrolled: tiles"):
+        inferencer.predict(good[0], "pill")
+    assert (inferencer.banks / "tiles.safetensors").read_bytes() == before
+    assert [path.name for path in inferencer.banks.iterdir()] == ["tiles.safetensors"]
+    inferencer.remove("tiles")
+    assert inferencer.products == []
+
+
+def test_broken_banks_are_refused(inferencer: ResADInferencer, good: list[Path]) -> None:
+    bank = inferencer.enroll("tiles", good[:2])
+    path = inferencer.banks / "tiles.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BankError, match="truncated or no bank"):
+        inferencer.predict(good[0], "tiles")
+    path.write_bytes(whole[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(BankError, match="altered"):
+        inferencer.predict(good[0], "tiles")
+    save_file(bank.arrays, path)
+    with pytest.raises(BankError, match="no bank of this version"):
+        inferencer.predict(good[0], "tiles")
+    rows = bank.arrays["rows_1"]
+    for arrays, message in (
+        ({"rows_1": np.where(rows == rows[0, 0], np.float32("nan"), rows)}, "NaN"),
+        ({"rows_1": rows[:-1]}, "level 1 has float32"),
+        ({"rows_1": rows.astype(np.float64)}, "level 1 has float64"),
+    ):
+        Bank("tiles", bank.encoder, bank.references, bank.arrays | arrays).save(path)
+        with pytest.raises(BankError, match=message):
+            inferencer.predict(good[0], "tiles")
+    Bank("tiles", "f" * 64 + "/float", bank.references, bank.arrays).save(path)
+    with pytest.raises(BankError, match=r"another model or precision.*enroll again"):
+        inferencer.predict(good[0], "tiles")
+    path.write_bytes(whole)
+    assert 0 < inferencer.predict(good[0], "tiles").score < 1, "the file is read again when it has changed"
+
+
+def test_broken_bundles_are_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("banks"))
+    weights = copy / "detector.bin"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BundleError, match="altered or truncated"):
+        ResADInferencer(copy)
+    weights.unlink()
+    with pytest.raises(BundleError, match="missing"):
+        ResADInferencer(copy)
+    manifest = copy / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(BundleError, match="format 99"):
+        ResADInferencer(copy)
+    manifest.write_text("{")
+    with pytest.raises(BundleError, match="cannot be read"):
+        ResADInferencer(copy)
+    with pytest.raises(BundleError, match="no bundle"):
+        ResADInferencer(tmp_path)
+
+
+def test_twenty_products_side_by_side(bundle: Path, good: list[Path], new: list[Path], tmp_path: Path) -> None:
+    """Switched at each photo, with room for three in memory: each scores as it does alone."""
+    inferencer = ResADInferencer(bundle, banks=tmp_path, most_loaded=3)
+    for number in range(20):
+        inferencer.enroll(f"product {number}", [good[number % len(good)]])
+    expected = {name: inferencer.predict(new[0], name).score for name in inferencer.products}
+    assert len(set(expected.values())) == len(good), "products differ by their photos"
+    for name in [*expected, *reversed(expected)]:
+        assert inferencer.predict(new[0], name).score == expected[name]
+
+
+def test_thresholds(inferencer: ResADInferencer, good: list[Path], new: list[Path]) -> None:
+    """A product's own threshold refers to the raw score, is 0.5 when normalized, and None gives the model's back."""
+    inferencer.enroll("tiles", good[:2])
+    before = inferencer.predict(new[0], "tiles")
+    for shift, label in ((-1e-5, True), (1e-5, False)):
+        inferencer.set_threshold("tiles", before.raw_score + shift)
+        found = inferencer.predict(new[0], "tiles")
+        assert found.label is label
+        assert found.raw_score == before.raw_score
+        assert found.score == pytest.approx(0.5, abs=0.01)
+        np.testing.assert_array_equal(found.map, before.map)
+    with pytest.raises(ValueError, match="finite"):
+        inferencer.set_threshold("tiles", float("nan"))
+    inferencer.set_threshold("tiles", None)
+    assert inferencer.predict(new[0], "tiles").score == before.score
+
+
+def test_normalization_is_that_of_training(inferencer: ResADInferencer) -> None:
+    scale = inferencer.manifest.score
+    assert None not in (scale.threshold, scale.low, scale.high)
+    raw = torch.linspace(-2, 5, 50)
+    theirs = RankKeepingPostProcessor._normalize(
+        raw, *(torch.tensor(value) for value in (scale.low, scale.high, scale.threshold))
+    )
+    np.testing.assert_allclose(normalize(raw.numpy(), scale), theirs, atol=1e-6)
+    for value in (0.01, 0.5, 0.7):
+        assert normalize(np.float64(denormalize(value, scale)), scale) == pytest.approx(value, abs=1e-6)
+
+
+def test_a_thinned_out_bank(inferencer: ResADInferencer, good: list[Path]) -> None:
+    bank = inferencer.enroll("tiles", good[:2], max_patches=50)
+    assert [len(bank.arrays[f"rows_{level}"]) for level in range(3)] == [50, 50, 32]
+    again = inferencer.enroll("again", good[1::-1], max_patches=50)
+    assert all(np.array_equal(bank.arrays[name], again.arrays[name]) for name in bank.arrays)
+    assert 0 < inferencer.predict(good[3], "tiles").score < 1
+    with pytest.raises(ValueError, match="thinned out"):
+        inferencer.add("tiles", good[2:])
+    clusters = np.repeat(np.eye(4, dtype=np.float32), 25, axis=0)
+    assert len(np.unique(thin_out(clusters, 4), axis=0)) == 4, "each cluster keeps a row"
+    assert np.array_equal(padded(clusters[:5], 8)[5:], clusters[[0, 0, 0]])
+
+
+def test_commands_without_torch(bundle: Path, good: list[Path], new: list[Path], tmp_path: Path) -> None:
+    photos, output = tmp_path / "photos", tmp_path / "out"
+    (tmp_path / "good").mkdir()
+    for path in good[:2]:
+        shutil.copy(path, tmp_path / "good")
+    for path in new:
+        (photos / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, photos / path.parent.name)
+    common = ("--bundle", bundle, "--banks", tmp_path / "banks")
+    assert "tiles: 2 photos" in resad("enroll", *common, "--product", "tiles", "--photos", tmp_path / "good")
+    assert "tiles" in resad("products", *common)
+    predict = ("predict", *common, "--photos", photos, "--output", output)
+    assert f"{len(new)} of {len(new)} photos inspected" in resad(*predict, "--product", "tiles")
+    (photos / "empty.png").touch()
+    deep = Image.fromarray(np.full((64, 64), 40_000, np.uint16))
+    deep.save(photos / "deep.png")
+    said = resad(*predict, "--product", "tiles", status=1)
+    assert f"{len(new)} of {len(new) + 2} photos inspected" in said
+    assert "more than 8 bits" in said
+    lines = (output / "results.csv").read_text().splitlines()
+    assert lines[0] == "photo,score,label,raw_score,error"
+    assert len(lines) == len(new) + 3
+    for path in new:
+        with Image.open(output / "maps" / path.parent.name / f"{path.name}.png") as picture, Image.open(path) as photo:
+            assert picture.size == photo.size
+    assert "'pill' is not enrolled. Enrolled: tiles." in resad(*predict, "--product", "pill", status=2)
+    assert "is no bundle" in resad("products", "--bundle", tmp_path, status=2)
+
+
+def test_export_command(trained: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", trained, "--output"]
+    result = subprocess.run([*command, tmp_path / "bundle"], capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert ResADInferencer(tmp_path / "bundle").manifest.backbone == "resnet18"
+    assert not list(tmp_path.glob(".*")), "no temporary folder is left"
+    missing = subprocess.run(
+        [*command, tmp_path / "other", "--checkpoint", "none.ckpt"], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert "none.ckpt" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_public_names_are_there_and_light() -> None:
+    code = (
+        "import sys, anomalib_resad, anomalib_resad.deploy\n"
+        "assert not {'torch', 'anomalib', 'gradio'} & set(sys.modules)\n"
+        "print(anomalib_resad.ResAD.__name__, sorted(anomalib_resad.__all__) == sorted(set(anomalib_resad.__all__)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert result.stdout.strip() == "ResAD True", result.stderr
+    assert ResAD.__name__ == "ResAD"
