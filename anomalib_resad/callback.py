@@ -103,6 +103,7 @@ class FewShotReferences(Callback):
         self.seed = seed
         self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
+        self._augments = False
 
     def _features(self, pl_module: "ResAD", path: str) -> list[Tensor]:
         """Features of one photo, one map ``(1, C_l, H_l, W_l)`` per level."""
@@ -112,15 +113,17 @@ class FewShotReferences(Callback):
             photo = pre_processor.transform(photo)
         return pl_module.model.encode(photo.to(pl_module.device))
 
+    def _photo(self, pl_module: "ResAD", path: str) -> list[Tensor]:
+        """Features of a source photo, ``(C_l, H_l, W_l)`` per level, kept if there is room."""
+        features = self.cache.get(path)
+        if features is None:
+            features = [level[0] for level in self._features(pl_module, path)]
+            self.cache.put(path, features)
+        return features
+
     def _rows(self, pl_module: "ResAD", paths: list[str]) -> list[Tensor]:
         """Bank rows of some photos, ``(N_l, C_l)`` per level."""
-        photos = []
-        for path in paths:
-            features = self.cache.get(path)
-            if features is None:
-                features = [level[0] for level in self._features(pl_module, path)]
-                self.cache.put(path, features)
-            photos.append([to_rows(level[None]) for level in features])
+        photos = [[to_rows(level[None]) for level in self._photo(pl_module, path)] for path in paths]
         return [torch.cat(level) for level in zip(*photos, strict=True)]
 
     # -- enrollment --------------------------------------------------------------------------------------------------
@@ -219,6 +222,7 @@ class FewShotReferences(Callback):
         train = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         held_out = [datamodule.val_data] if datamodule is not None and self._validates_on_source(trainer) else []
         self._pools = ReferencePools(train, *held_out)
+        self._augments = bool(getattr(train, "augmentations", None))  # then no picture is seen twice
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
@@ -239,22 +243,23 @@ class FewShotReferences(Callback):
     def _batch_features(self, model: "ResAD", batch: ImageBatch) -> list[Tensor]:
         """Features of a training batch: the backbone is frozen, so each picture needs it once in a training.
 
-        Kept by path, and by path and number for a painted version of a photo, with its mask behind the features.
+        Kept by path, and by path and number for a painted version of a photo, with its mask behind the features. A
+        picture is computed by itself, so that what is kept does not depend on the batch that it was first met in.
         """
         assert batch.image is not None
         assert batch.image_path is not None
+        if self._augments or not self.cache.max_bytes:
+            return model.model.encode(batch.image)
         names = model.batch_versions or batch.image_path
-        features: list[list[Tensor]] = [self.cache.get(name) or [] for name in names]
-        missing = [index for index, kept in enumerate(features) if not kept]
-        if missing:
-            computed = model.model.encode(batch.image[missing])
-            for index, *levels in zip(missing, *computed, strict=True):
-                features[index] = [level.clone() for level in levels]
-                painted = names[index] != batch.image_path[index]
-                mask = [batch.gt_mask[index]] if painted and batch.gt_mask is not None else []
-                self.cache.put(names[index], features[index] + mask)
-        depth = len(model.model.bank.levels)
-        return [torch.stack(level) for level in zip(*(kept[:depth] for kept in features), strict=True)]
+        features = []
+        for index, (name, path) in enumerate(zip(names, batch.image_path, strict=True)):
+            kept = self._photo(model, path) if name == path else self.cache.get(name)
+            if kept is None:
+                assert batch.gt_mask is not None
+                kept = [level[0] for level in model.model.encode(batch.image[index : index + 1])]
+                self.cache.put(name, [*kept, batch.gt_mask[index]])
+            features.append(kept[: len(model.model.bank.levels)])
+        return [torch.stack(level) for level in zip(*features, strict=True)]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once how much memory the features take."""

@@ -34,7 +34,7 @@ def train(products: Path, output: Path, processes: int, batch: int, variant: str
     return [torch.load(output / f"rank{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.parametrize("variant", ["resad", "resad++"])
+@pytest.mark.parametrize("variant", ["fused", "resad", "resad++"])
 def test_two_processes_agree_with_each_other_and_with_one(products: Path, tmp_path: Path, variant: str) -> None:
     first, second = train(products, tmp_path / "two", 2, 3, variant)
     (alone,) = train(products, tmp_path / "one", 1, 6, variant)
@@ -43,7 +43,7 @@ def test_two_processes_agree_with_each_other_and_with_one(products: Path, tmp_pa
         name for name, value in first.items() if not torch.equal(value.nan_to_num(), second[name].nan_to_num())
     ]
     assert not different, "weights, statistics, ceilings, boundaries, codes, bank and thresholds are those of all"
-    learned = [name for name in alone if name.startswith(("model.constraintors", "model.flows", "model.codebooks"))]
+    learned = [name for name in alone if name.startswith(("model.constraintors", "model.flows", "model.codebooks", "model.head"))]
     assert learned
     for name in ("model.anomaly_map.ceilings", "model.boundaries"):
         if name in alone:
@@ -60,15 +60,15 @@ def state(model: ResAD) -> State:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("kind", ["resad++", "synthetic defects"])
+@pytest.mark.parametrize("kind", ["fused", "resad++", "synthetic defects"])
 def test_a_training_that_goes_on_ends_where_an_uninterrupted_one_does(
     products: Path, tmp_path: Path, kind: str
 ) -> None:
     """Bit for bit, whatever the generators hold when it goes on."""
-    plus = {"variant": "resad++", "codebook_size": 32} if kind == "resad++" else {}
+    plus = {"resad++": {"variant": "resad++", "codebook_size": 32}, "fused": {"variant": "fused"}}.get(kind, {})
 
     def make() -> tuple[ResAD, object]:
-        data = cross_category(products) if kind == "resad++" else product(products, "tiles", val_split_mode="synthetic")
+        data = cross_category(products) if plus else product(products, "tiles", val_split_mode="synthetic")
         return ResAD(**TINY | plus, visualizer=False), data
 
     seed_everything(5, verbose=False)
@@ -86,7 +86,8 @@ def test_a_training_that_goes_on_ends_where_an_uninterrupted_one_does(
     assert not [
         name for name, value in ended.items() if not torch.equal(value.nan_to_num(), expected[name].nan_to_num())
     ]
-    trained = [name for name in ended if name.startswith("model.flows") and "subnet" in name]
+    trained = [name for name in ended if name.startswith(("model.flows", "model.head")) and name.endswith(".weight")]
+    assert trained
     assert not any(torch.equal(ended[name], halfway[name]) for name in trained), "the second epoch did train"
 
 
