@@ -82,7 +82,7 @@ class Page:
         """Score and label at a threshold."""
         if score is None:
             return EMPTY
-        word = "❌ anomalous" if score > threshold else "✅ good"
+        word = "anomalous" if score > threshold else "good"
         return f"## {word}\nscore **{score:.3f}**, threshold {threshold:.3f}"
 
     def keep_threshold(self, product: str | None, threshold: float) -> tuple[Any, ...]:
@@ -109,7 +109,7 @@ class _shown:  # noqa: N801  # used as a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ValueError | OSError):
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise gr.Error(str(error), duration=15, print_exception=False) from error
 
 
 def build(inferencer: ResADInferencer) -> gr.Blocks:
@@ -120,10 +120,12 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
         with gr.Tab("Inspect"), gr.Row():
             with gr.Column():
                 product = gr.Dropdown(inferencer.products, label="Product", elem_id="product")
-                photo = gr.Image(label="Photo", type="filepath", image_mode=None, sources=["upload"], elem_id="photo")
+                photo = gr.Image(
+                    label="Photo", type="filepath", image_mode=None, sources=["upload"], height=360, elem_id="photo"
+                )
                 inspect = gr.Button("Inspect", variant="primary", elem_id="inspect")
             with gr.Column():
-                picture = gr.Image(label="Where it differs", interactive=False, format="png", elem_id="map")
+                picture = gr.Image(label="Where it differs", interactive=False, format="png", height=360, elem_id="map")
                 verdict = gr.Markdown(EMPTY, elem_id="verdict")
                 threshold = gr.Slider(0.01, 0.99, 0.5, step=0.005, label="Threshold", elem_id="threshold")
                 keep = gr.Button("Keep this threshold for the product")
