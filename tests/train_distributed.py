@@ -2,7 +2,7 @@
 
 """Train a tiny model in as many processes as asked for; each writes what it ended with. A script: see test_distributed.
 
-Usage: train_distributed.py <products> <output> <processes> <images per batch> <variant>
+Usage: train_distributed.py <products> <output> <processes> <images per batch>
 """
 
 import os
@@ -13,8 +13,12 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
+from anomalib_resad.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.codebook import Codebook
+from anomalib_resad.distributed import average_batch_norms, mean_of_known
 
 # Every patch in one step, so that a step sees the same patches in one process as in two.
 SETTINGS = {"backbone": "resnet18", "pre_trained": False, "coupling_layers": 2, "position_channels": 8, "k_shot": 2}
@@ -32,13 +36,13 @@ class KeepState(Callback):
         torch.save(tensors, self.output / f"rank{trainer.global_rank}.pt")
 
 
-def main(root: Path, output: Path, processes: int, batch: int, variant: str) -> None:
+def main(root: Path, output: Path, processes: int, batch: int, order: int = 0) -> None:
     seed_everything(0, verbose=False)
-    plus = {"codebook_size": 32} if variant == "resad++" else {}
-    model = ResAD(**SETTINGS, variant=variant, **plus, false_alarm_rate=0.3)
+    model = ResAD(**SETTINGS, variant="resad++", codebook_size=32, false_alarm_rate=0.3)
+    seed_everything(order, verbose=False)  # the same first weights, whatever comes after
     sources, target = (ProductFolder(root, names, num_workers=0) for names in ("grain, pill", "tiles"))
     data = CrossCategory(sources, target, 0.4, batch, batch, 0)
-    distributed = {"strategy": "ddp", "devices": processes} if processes > 1 else {"devices": 1}
+    devices = {"strategy": "ddp", "devices": processes} if processes > 1 else {"devices": 1}
     engine = Engine(
         default_root_dir=output / f"engine{os.environ.get('LOCAL_RANK', '0')}",
         accelerator="cpu",
@@ -47,12 +51,35 @@ def main(root: Path, output: Path, processes: int, batch: int, variant: str) -> 
         enable_progress_bar=False,
         enable_model_summary=False,
         logger=False,
-        **distributed,
+        **devices,
     )
     engine.fit(model, datamodule=data)
     if processes > 1:
         assert isinstance(engine.trainer.strategy, DDPStrategy)
 
 
+# Log-likelihoods, or residuals of one channel, of the two processes.
+PARTS = torch.tensor([[-3.0, -1.0, -2.0, -4.0], [-0.5, -5.0, -6.0, -7.0]])
+
+
+def share(rank: int, folder: Path) -> None:
+    """What a process learns of its part of PARTS together with the other one."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    mine, nan = PARTS[rank], torch.tensor(float("nan"))
+    maps = AnomalyMapGenerator(1)
+    maps.update_ceiling(0, mine, torch.zeros(4))
+    maps.update_ceiling(0, mine, torch.ones(4))  # no normal position anywhere: nothing to learn
+    norm = torch.nn.BatchNorm1d(1, momentum=None)
+    norm(mine[:, None])
+    average_batch_norms([norm])
+    codebook = Codebook(1, 16)
+    codebook.start_from(mine[:, None], torch.zeros(4))
+    assert norm.running_mean is not None
+    found = {"ceilings": maps.ceilings, "batch norm": norm.running_mean, "codes": codebook.codes.detach()}
+    found |= {"known": mean_of_known(mine.mean() if rank else nan), "unknown": mean_of_known(nan)}
+    torch.save(found, folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

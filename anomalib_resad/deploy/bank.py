@@ -170,7 +170,7 @@ def _short(encoder: str) -> str:
 
 
 def thin_out(rows: np.ndarray, most: int) -> np.ndarray:
-    """Choose rows that cover the others (greedy k-center, as Patchcore's coreset), in their order.
+    """Choose rows that cover the others (greedy k-center, as Patchcore's coreset).
 
     Deterministic: it starts from the row that is farthest from the mean, and of equal distances takes the first.
 
@@ -179,10 +179,10 @@ def thin_out(rows: np.ndarray, most: int) -> np.ndarray:
         most (int): How many to keep.
 
     Returns:
-        np.ndarray: Shape ``(min(N, most), C)``.
+        np.ndarray: Their indices in ascending order, shape ``(min(N, most),)``.
     """
     if len(rows) <= most:
-        return rows
+        return np.arange(len(rows))
     squares = np.square(rows).sum(axis=1)
 
     def distances(center: np.ndarray) -> np.ndarray:
@@ -194,7 +194,7 @@ def thin_out(rows: np.ndarray, most: int) -> np.ndarray:
         nearest[chosen[-1]] = -np.inf
         chosen.append(int(nearest.argmax()))
         np.minimum(nearest, distances(rows[chosen[-1]]), out=nearest)
-    return rows[np.sort(chosen)]
+    return np.sort(chosen)
 
 
 def padded(rows: np.ndarray, multiple: int) -> np.ndarray:

@@ -67,6 +67,7 @@ class Manifest:
         backbone (str): Name of the backbone.
         image_size (tuple[int, int]): Height and width of the maps.
         levels (tuple[Level, ...]): The levels of the features.
+        keyed (bool): Whether the last level holds keys to the rows of the others.
         row_multiple (int): The detector takes a bank whose rows are a multiple of this.
         score (Scale): Normalization of the score.
         map (Scale): Normalization of the map.
@@ -80,6 +81,7 @@ class Manifest:
     backbone: str
     image_size: tuple[int, int]
     levels: tuple[Level, ...]
+    keyed: bool
     row_multiple: int
     score: Scale
     map: Scale

@@ -254,10 +254,13 @@ class ResADInferencer:
             reference.sha256: reference for reference in sorted(features, key=lambda each: each.name, reverse=True)
         }
         references = tuple(unique[digest] for digest in sorted(unique))
-        arrays = {}
-        for level in range(len(self.manifest.levels)):
-            rows = np.concatenate([features[reference][level] for reference in references])
-            arrays[f"rows_{level}"] = rows if max_patches is None else thin_out(rows, max_patches)
+        levels = range(len(self.manifest.levels))
+        rows = [np.concatenate([features[reference][level] for reference in references]) for level in levels]
+        if max_patches is not None:
+            # Keys and what they stand for are thinned out together, levels that are matched apart each by itself.
+            kept = [thin_out(level, max_patches) for level in (rows[-1:] * len(rows) if self.manifest.keyed else rows)]
+            rows = [level[chosen] for level, chosen in zip(rows, kept, strict=True)]
+        arrays = {f"rows_{level}": values for level, values in enumerate(rows)}
         bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches)
         return bank.with_threshold(threshold)
 
