@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What each method costs beside its backbone alone: per stage, per photo, to enroll, to train, in memory.
+
+Everything that is compared is timed in turn, so that all of it meets the same load of the machine; the ratios are the
+figures. Weights are untrained and photos are noise: neither changes the time.
+"""
+
+import csv
+import io
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from anomalib.models import AnomalibModule, Patchcore
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from anomalib_resad import ResAD
+from anomalib_resad.variants import VARIANTS
+from benchmarks.measure import PeakMemory
+from benchmarks.settings import PACKAGES, cpu, write_whole
+
+Actions = dict[str, Callable[[], Any]]
+Row = dict[str, Any]
+BACKBONE = "backbone alone"
+TRAINING_BATCH = 8
+
+
+def in_turn(actions: Actions, repeats: int, what: str) -> list[Row]:
+    """Time actions in turn; a ratio is the median over the rounds, each to the first action's time of that round."""
+    rounds: list[list[float]] = []
+    for _ in track(range(repeats + 1), what, transient=True):
+        times = []
+        for action in actions.values():
+            start = time.perf_counter()
+            action()
+            times.append(1000 * (time.perf_counter() - start))
+        rounds.append(times)
+    counted = rounds[1:]  # the first round warms up
+    return [
+        {"item": name, "ms": median(times[i] for times in counted), "ratio": median(t[i] / t[0] for t in counted)}
+        for i, name in enumerate(actions)
+    ]
+
+
+def enrolled(backbone: str, variant: str, photos: Tensor) -> ResAD:
+    """An untrained ResAD that knows some photos, in evaluation mode."""
+    model = ResAD(backbone, pre_trained=False, variant=variant, visualizer=False, evaluator=False).eval()  # type: ignore[arg-type]
+    files = [{"name": f"noise {number}"} for number in range(len(photos))]
+    model.model.bank.fill(model.model.encode(photos), {"files": files})
+    return model
+
+
+def patchcore(backbone: str, ratio: float, photos: Tensor) -> Patchcore:
+    """Patchcore of anomalib with a bank of the same photos."""
+    model = Patchcore(backbone, pre_trained=False, coreset_sampling_ratio=ratio, visualizer=False, evaluator=False)
+    model.model.train()
+    model.model(photos)
+    model.model.subsample_embedding(ratio)
+    return model.eval()
+
+
+def stages(model: ResAD, photos: Tensor) -> Actions:
+    """The default model's stages behind the backbone, each on what the one before it gives."""
+    net = model.model
+    assert net.join is not None
+    assert net.head is not None
+    head, join = net.head, net.join
+    levels, features = net.backbone(photos), net.encode(photos)
+    residual = features[0] - net.bank(features)[0]
+    anomalies = [head(residual)]
+    return {
+        "fused: join": lambda: join(levels),
+        "fused: match": lambda: net.bank(features),
+        "fused: head": lambda: head(residual),
+        "fused: map": lambda: net.anomaly_map(anomalies, photos.shape[-2:]),
+    }
+
+
+def torch_rows(backbone: str, references: Tensor, batch: int, repeats: int) -> list[Row]:
+    """Times per batch in PyTorch."""
+    photos = torch.randn(batch, 3, 224, 224)
+    models = {variant: enrolled(backbone, variant, references) for variant in VARIANTS}
+    rivals = {f"Patchcore {ratio:g}": patchcore(backbone, ratio, references) for ratio in (0.1, 1.0)}
+    fused = models["fused"].model
+    actions: Actions = {BACKBONE: lambda: fused.backbone(photos)}
+    actions |= {f"{name}: whole": partial(model.model, photos) for name, model in (models | rivals).items()}
+    actions |= stages(models["fused"], photos)
+    rows = in_turn(actions, repeats, f"{backbone}, torch, batch {batch}")
+    return [{"backbone": backbone, "runtime": "torch", "batch": batch} | row for row in rows]
+
+
+def openvino_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
+    """Times per photo of the exports, pre-processing inside, against the backbone exported alone."""
+    import openvino as ov  # noqa: PLC0415  # an extra
+
+    photo = torch.rand(1, 3, 224, 224).numpy()
+    core = ov.Core()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        fused = enrolled(backbone, "fused", references)
+        files = {BACKBONE: _export(fused.model.backbone, folder)}
+        exported: dict[str, AnomalibModule] = {"fused": fused, "Patchcore 0.1": patchcore(backbone, 0.1, references)}
+        for title, model in exported.items():
+            files[title] = model.to_openvino(folder / title)
+        rows: list[Row] = []
+        for precision in ("f32", "bf16"):
+            requests = {
+                title: core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": precision}).create_infer_request()
+                for title, file in files.items()
+            }
+            actions: Actions = {title: partial(request.infer, [photo]) for title, request in requests.items()}
+            timed = in_turn(actions, repeats, f"{backbone}, OpenVINO, {precision}")
+            rows += [{"backbone": backbone, "runtime": f"openvino {precision}", "batch": 1} | row for row in timed]
+    return rows
+
+
+def _export(module: nn.Module, folder: Path) -> Path:
+    program = torch.onnx.export(module, (torch.rand(1, 3, 224, 224),), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(folder / "backbone.onnx")
+    return folder / "backbone.onnx"
+
+
+def training_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
+    """One training step on a batch of images, with and without their features at hand, against the backbone."""
+    photos = torch.randn(TRAINING_BATCH, 3, 224, 224)
+    shares = torch.zeros(TRAINING_BATCH, 28, 28)
+    shares[:, :6, :6] = 1
+    model = enrolled(backbone, "fused", references).model
+    assert model.head is not None
+    optimizer = torch.optim.Adam(model.head.parameters(), lr=1e-3)
+    features = model.encode(photos)
+    rows_of_each = [model.bank.levels] * TRAINING_BATCH
+
+    def step(maps: list[Tensor]) -> None:
+        model.train()
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            model.head_loss(maps, rows_of_each, shares).backward()
+        optimizer.step()
+
+    actions: Actions = {
+        BACKBONE: lambda: model.backbone(photos),
+        "fused: step, features kept": lambda: step(features),
+        "fused: step, features computed": lambda: step(model.encode(photos)),
+    }
+    timed = in_turn(actions, repeats, f"{backbone}, training")
+    return [{"backbone": backbone, "runtime": "torch training", "batch": TRAINING_BATCH} | row for row in timed]
+
+
+def other_rows(backbone: str, repeats: int) -> list[Row]:
+    """Enrollment of four photos against four times the backbone, and memory beyond the bank at 4 and 64 shots."""
+    photos = torch.randn(4, 3, 224, 224)
+    model = enrolled(backbone, "fused", photos).model
+    actions: Actions = {
+        BACKBONE: lambda: [model.backbone(photo[None]) for photo in photos],
+        "fused: enroll 4 photos": lambda: model.bank.fill(
+            [torch.cat(level) for level in zip(*(model.encode(photo[None]) for photo in photos), strict=True)]
+        ),
+    }
+    rows = in_turn(actions, repeats, f"{backbone}, enrollment")
+    for shots in (4, 64):
+        model.bank.fill([level.repeat(shots // 4, 1, 1, 1) for level in model.encode(photos)])
+        with PeakMemory() as peak:
+            model(photos[:1])
+        used = None if peak.bytes is None else peak.bytes / 1e6
+        bank = sum(level.nbytes for level in model.bank.levels) / 1e6
+        rows.append({"item": f"fused: {shots} shots", "peak_mb": used, "bank_mb": bank})
+    return [{"backbone": backbone, "runtime": "torch", "batch": 1} | row for row in rows]
+
+
+@torch.no_grad()
+def speed(
+    output: Path,
+    backbones: tuple[str, ...] = ("resnet18", "wide_resnet50_2"),
+    batches: tuple[int, ...] = (1, 8),
+    shots: int = 4,
+    repeats: int = 9,
+    threads: int = 2,
+    seed: int = 0,
+) -> None:
+    """Measure and write ``speed.csv`` and ``speed.json``.
+
+    Args:
+        output: Folder to write to.
+        backbones: timm model names.
+        batches: Batch sizes in PyTorch.
+        shots: Reference photos.
+        repeats: Counted rounds.
+        threads: Threads of PyTorch; OpenVINO takes what it finds.
+        seed: Seed of weights and photos.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    references = torch.randn(shots, 3, 224, 224)
+    rows: list[Row] = []
+    for backbone in backbones:
+        for batch in batches:
+            rows += torch_rows(backbone, references, batch, repeats)
+        rows += openvino_rows(backbone, references, repeats)
+        rows += training_rows(backbone, references, repeats)
+        rows += other_rows(backbone, repeats)
+        write(output, rows, {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed})
+    show(rows)
+
+
+def write(output: Path, rows: list[Row], settings: dict[str, Any]) -> None:
+    """Write what was measured so far, and with what."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    fields = ["backbone", "runtime", "batch", "item", "ms", "ratio", "peak_mb", "bank_mb"]
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
+    write_whole(output / "speed.csv", text.getvalue())
+    about = settings | {
+        "image_size": [224, 224],
+        "weights": "untrained",
+        "references": "noise",
+        "cpu": cpu(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in (*PACKAGES, "openvino")},
+    }
+    write_whole(output / "speed.json", json.dumps(about, indent=2) + "\n")
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    table = Table("backbone", "runtime", "batch", "item", "ms", "x backbone", "peak MB", "bank MB")
+    for row in rows:
+        figures = (row.get(key) for key in ("ms", "ratio", "peak_mb", "bank_mb"))
+        formats = ("{:.1f}", "{:.2f}", "{:.0f}", "{:.1f}")
+        cells = [form.format(value) if value is not None else "" for form, value in zip(formats, figures, strict=True)]
+        table.add_row(row["backbone"], row["runtime"], str(row["batch"]), row["item"], *cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    auto_cli(speed, as_positional=False)
