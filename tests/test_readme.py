@@ -37,9 +37,16 @@ def test_pictures_are_there() -> None:
 
 
 def test_parity_figures() -> None:
-    path = "benchmarks/results/parity/parity.json"
-    results = json.loads((ROOT / path).read_text())["results"]
-    sentence = " ".join(README[README.index("Exported to OpenVINO") :].split("\n\n")[0].split())
-    for name, key in (("f32", "score_max"), ("f32", "map_max"), ("default", "score_max"), ("default", "map_max")):
-        assert f"{results[name][key]:.1g}" in sentence, (name, key)
+    path = "benchmarks/results/edge/parity.json"
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    sentence = " ".join(README[README.index("Exported (ResNet-18") :].split("\n\n")[0].split())
+    for name, keys in {
+        "ONNX": ("score_max",),
+        "OpenVINO FP32": ("score_max", "map_mean", "map_max"),
+        "OpenVINO FP16": ("score_max", "map_max"),
+        "OpenVINO INT8": ("score_max", "map_max"),
+    }.items():
+        for key in keys:
+            assert f"{rows[name][key]:.1g}" in sentence, (name, key)
+        assert rows[name]["same_labels"] == 1
     assert path in sentence
