@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 
+def _of_length(length: float, x: Tensor) -> Tensor:
+    """Scale each position of ``(B, C, H, W)`` to a length. Exported, `F.normalize` would divide in every channel."""
+    return x * (length * x.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt())
+
+
 class JoinedLevels(nn.Module):
     """Join the levels to one feature map, with a map of keys beside it.
 
@@ -45,9 +50,9 @@ class JoinedLevels(nn.Module):
         """
         height, width = features[min(1, len(features) - 1)].shape[-2:]
         grid = (height, width)
-        joined = torch.cat([F.normalize(self._on_grid(level, grid), dim=1) for level in features], dim=1)
-        joined = joined / len(features) ** 0.5
-        return [joined, F.normalize(F.conv2d(joined, self.directions), dim=1)]
+        share = len(features) ** -0.5
+        joined = torch.cat([_of_length(share, self._on_grid(level, grid)) for level in features], dim=1)
+        return [joined, _of_length(1.0, F.conv2d(joined, self.directions))]
 
     @staticmethod
     def _on_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:

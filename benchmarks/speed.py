@@ -114,7 +114,9 @@ def openvino_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
         files = {BACKBONE: _export(fused.model.backbone, folder)}
         exported: dict[str, AnomalibModule] = {"fused": fused, "Patchcore 0.1": patchcore(backbone, 0.1, references)}
         for title, model in exported.items():
-            files[title] = model.to_openvino(folder / title)
+            # Of Patchcore, an export for any batch size would only take the size of the example.
+            fixed = {} if title == "fused" else {"onnx_kwargs": {"dynamic_shapes": None}}
+            files[title] = model.to_openvino(folder / title, input_size=(224, 224), **fixed)
         rows: list[Row] = []
         for precision in ("f32", "bf16"):
             requests = {
