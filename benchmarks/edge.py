@@ -167,9 +167,9 @@ def export_patchcore(backbone: str, references: Path, folder: Path) -> Path:
     data = Folder(
         "references", normal_dir=references.absolute(), train_batch_size=4, num_workers=0, val_split_mode="none"
     )
-    engine = Engine(default_root_dir=folder, enable_progress_bar=False)
+    engine = Engine(default_root_dir=folder, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=data)
-    return model.to_openvino(folder, input_size=(224, 224))
+    return model.to_openvino(folder)
 
 
 def run(
