@@ -22,6 +22,15 @@ def largest(value: Tensor) -> Tensor:
     return value
 
 
+def total(value: Tensor) -> Tensor:
+    """The sum over the processes, a new tensor of the same shape."""
+    if not is_distributed():
+        return value
+    value = value.clone()
+    distributed.all_reduce(value)
+    return value
+
+
 def mean_of_known(value: Tensor) -> Tensor:
     """The mean over the processes whose value is not NaN, a new scalar; NaN if there is none."""
     if not is_distributed():

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_resad.distributed import total
 from anomalib_resad.reference_bank import to_rows
 
 # Squared length below which two patches count as equal, so that the logarithm stays finite.
 EQUAL = 1e-3
+TINY = 1e-12  # keeps what never varied from being divided by zero
 
 
 class FusedHead(nn.Module):
@@ -27,27 +29,34 @@ class FusedHead(nn.Module):
             source categories have far fewer kinds of defects than residuals have channels.
     """
 
+    MOMENTUM = 0.02
+
     def __init__(self, channels: int, hidden: int = 32, dropout: float = 0.5) -> None:
         super().__init__()
         self.classifier = nn.Sequential(
-            nn.BatchNorm1d(channels, affine=False),
-            nn.Dropout(dropout),
-            nn.Linear(channels, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, 1),
+            nn.Dropout(dropout), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1)
         )
-        self.standardize = nn.BatchNorm1d(2, affine=False)  # keeps mean and deviation of the two on normal patches
+        # Running statistics of normal patches, the same in training and in evaluation (batch norm's are not).
+        self.register_buffer("power", torch.ones(channels))  # mean square of each channel
+        self.register_buffer("mean", torch.zeros(2))
+        self.register_buffer("variance", torch.ones(2))
+        self.register_buffer("batches", torch.zeros(()))
+        self.power: Tensor
+        self.mean: Tensor
+        self.variance: Tensor
+        self.batches: Tensor
 
     def evidence(self, residuals: Tensor) -> Tensor:
         """Logit and log-distance of residuals ``x - x*``, shape ``(N, C)`` to ``(N, 2)``."""
-        logit = self.classifier(residuals.abs())
+        logit = self.classifier(residuals.abs() * self.power.clamp(min=TINY).rsqrt())
         distance = residuals.square().sum(dim=1, keepdim=True).clamp(min=EQUAL).log()
         return torch.cat([logit, distance], dim=1)
 
     def forward(self, residuals: Tensor) -> Tensor:
         """Anomaly of each patch, ``(B, C, H, W)`` to ``(B, H, W)``, about 0 for normal patches, without bounds."""
         batch, _, height, width = residuals.shape
-        return self.standardize(self.evidence(to_rows(residuals))).sum(dim=1).reshape(batch, height, width)
+        scaled = (self.evidence(to_rows(residuals)) - self.mean) * self.variance.clamp(min=TINY).rsqrt()
+        return scaled.sum(dim=1).reshape(batch, height, width)
 
     def loss(self, residuals: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy; normal and abnormal patches count the same, however rare the abnormal ones are.
@@ -56,10 +65,29 @@ class FusedHead(nn.Module):
             residuals (Tensor): Shape ``(N, C)``.
             labels (Tensor): 1 for abnormal patches, shape ``(N,)``.
         """
-        evidence = self.evidence(residuals)
         normal = labels == 0
-        if int(normal.sum()) > 1:
-            self.standardize(evidence[normal].detach())
-        losses = F.binary_cross_entropy_with_logits(evidence[:, 0], labels.float(), reduction="none")
+        if self.training:
+            self._follow(residuals[normal])
+        logits = self.evidence(residuals)[:, 0]
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         sides = [losses[side].mean() for side in (normal, ~normal) if bool(side.any())]
         return torch.stack(sides).sum() / 2
+
+    @torch.no_grad()
+    def _follow(self, residuals: Tensor) -> None:
+        """Let the statistics follow normal patches (of all processes), as they are without dropout.
+
+        The first batches count the same, later ones as a moving average.
+        """
+        count = total(residuals.new_tensor(len(residuals)))
+        if count < 2:
+            return
+        self.batches += 1
+        weight = max(self.MOMENTUM, 1 / float(self.batches))
+        self.power.lerp_(total(residuals.square().sum(dim=0)) / count, weight)
+        self.eval()
+        evidence = self.evidence(residuals)
+        self.train()
+        mean = total(evidence.sum(dim=0)) / count
+        self.mean.lerp_(mean, weight)
+        self.variance.lerp_(total((evidence - mean).square().sum(dim=0)) / count, weight)

@@ -45,8 +45,9 @@ from anomalib_resad.variants import check_known
 Residual = Literal["none", "difference", "squared"]
 Estimator = Literal["fused", "flow", "distance"]
 
-# Share of a training image's normal patches that the head is trained on; matching them all would be most of its cost.
-NORMAL_SHARE = 0.25
+# Most normal and most abnormal patches of a training image that the head is trained on. Each image counts the same
+# then, however large its defect is, and matching all of its patches would be most of the cost.
+PATCHES = (96, 32)
 # Least share of a patch that a defect must cover for the patch to be abnormal; patches with less belong to no class.
 ABNORMAL_SHARE = 0.1
 
@@ -241,9 +242,9 @@ class ResADModel(nn.Module):
         return [torch.cat(level) for level in zip(*matched, strict=True)]
 
     def head_loss(self, features: Sequence[Tensor], references: Sequence[Sequence[Tensor]], shares: Tensor) -> Tensor:
-        """Loss of the head, on the abnormal patches of each image and a share of its normal ones.
+        """Loss of the head, on some normal and some abnormal patches of each image, which chance decides.
 
-        Only these are matched. Which normal patches, chance decides: the loss is that of all, but for its noise.
+        Only these are matched.
 
         Args:
             features (Sequence[Tensor]): Joined levels and keys, shapes ``(B, C, H, W)`` and ``(B, K, H, W)``.
@@ -253,7 +254,9 @@ class ResADModel(nn.Module):
         assert self.head is not None
         residuals, labels = [], []
         for image, keys, (rows, row_keys), share in zip(*features, references, shares.flatten(1), strict=True):
-            chosen = (share >= ABNORMAL_SHARE) | ((share == 0) & (torch.rand_like(share) < NORMAL_SHARE))
+            shuffled = torch.randperm(len(share), device=share.device)
+            sides = (share[shuffled] == 0, share[shuffled] >= ABNORMAL_SHARE)
+            chosen = torch.cat([shuffled[side][:most] for side, most in zip(sides, PATCHES, strict=True)])
             nearest = nearest_rows(keys.flatten(1).T[chosen], row_keys, self.bank.metric)
             residuals.append(image.flatten(1).T[chosen] - rows[nearest])
             labels.append(share[chosen] > 0)

@@ -115,8 +115,8 @@ def openvino_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
         exported: dict[str, AnomalibModule] = {"fused": fused, "Patchcore 0.1": patchcore(backbone, 0.1, references)}
         for title, model in exported.items():
             # Of Patchcore, an export for any batch size would only take the size of the example.
-            fixed = {} if title == "fused" else {"onnx_kwargs": {"dynamic_shapes": None}}
-            files[title] = model.to_openvino(folder / title, input_size=(224, 224), **fixed)
+            options = None if title == "fused" else {"dynamic_shapes": None}
+            files[title] = model.to_openvino(folder / title, input_size=(224, 224), onnx_kwargs=options)
         rows: list[Row] = []
         for precision in ("f32", "bf16"):
             requests = {
