@@ -103,7 +103,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
             both. Where there are no real defects, half of the images get one in any case.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
-        lr (float | None): Learning rate of Adam, 1e-3 in the default, 1e-5 in both; x 0.1 after 70 % and 90 % of the
+        lr (float | None): Learning rate of Adam, 3e-4 in the default, 1e-5 in both; x 0.1 after 70 % and 90 % of the
             epochs.
         weight_decay (float): Weight decay of Adam.
         flow_batch_size (int): Most patch vectors of a level in one flow step.
@@ -152,7 +152,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         weight_decay: float = 5e-4,
         flow_batch_size: int = 8192,
         flow_steps: int | None = None,
-        cache_gb: float = 2.0,
+        cache_gb: float = 4.0,
         image_size: tuple[int, int] = (224, 224),
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,

@@ -33,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": False,
         "push_pull": "hinge",
         "warmup": 0.0,
-        "lr": 1e-3,
+        "lr": 3e-4,
     },
     "resad": {
         "estimator": "flow",
