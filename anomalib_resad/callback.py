@@ -243,7 +243,7 @@ class FewShotReferences(Callback):
     def _batch_features(self, model: "ResAD", batch: ImageBatch) -> list[Tensor]:
         """Features of a training batch: the backbone is frozen, so each picture needs it once in a training.
 
-        Kept by path, and by path and number for a painted version of a photo, with its mask behind the features. A
+        Kept by path, a painted version of a photo by a name of its own, with its mask behind the features. A
         picture is computed by itself, so that what is kept does not depend on the batch that it was first met in.
         """
         assert batch.image is not None

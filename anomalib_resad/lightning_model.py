@@ -182,7 +182,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         self.batch_references: list[list[Tensor]] | None = None
         # Features of the current training batch, from the same place.
         self.batch_features: list[Tensor] | None = None
-        # Names of its images, a number behind those that SyntheticDefects painted on.
+        # Names of its images, other ones for those that SyntheticDefects painted on.
         self.batch_versions: list[str] | None = None
         self.keeps_bank = False
 

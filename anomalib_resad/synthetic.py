@@ -15,8 +15,6 @@ from anomalib_resad.photos import seeded
 
 logger = logging.getLogger(__name__)
 
-# Different defects per photo. So few, because the features of each are kept.
-VERSIONS = 3
 # Share of the photos that get a defect where no training photo has a real one.
 SHARE_WITHOUT_REAL = 0.5
 
@@ -50,10 +48,10 @@ def paint(generator: PerlinAnomalyGenerator, image: Tensor) -> tuple[Tensor, Ten
 
 
 class SyntheticDefects(Callback):
-    """Paint defects on some of the good training images, differently in each epoch.
+    """Paint defects on some of the good training images, on others in each epoch.
 
-    Each photo has a few painted versions, always the same ones, so that their features can be kept. The callback runs
-    before the pre-processor, on images in 0..1.
+    Each photo has one painted version, always the same, so that its features can be kept: many photos make many defects.
+    The callback runs before the pre-processor, on images in 0..1.
 
     Args:
         share (float): Share of the good images that get a defect. Where no training image has a real one, it is 0.5 at
@@ -101,14 +99,13 @@ class SyntheticDefects(Callback):
             chance = seeded(self.seed, trainer.current_epoch, path, "defect")
             if labels[index] or chance.random() >= self.share_now:
                 continue
-            version = int(chance.integers(VERSIONS))
-            names[index] = f"{path} painted {version}"
+            names[index] = f"{path} painted"
             kept = self.cache.get(names[index]) if self.cache is not None else None
             if kept is not None:
                 masks[index] = kept[-1]
                 continue
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(seeded(self.seed, path, version).integers(2**31)))
+                torch.manual_seed(int(seeded(self.seed, path).integers(2**31)))
                 images[index], masks[index] = paint(self.generator, images[index])
         batch.update(image=images, gt_mask=masks, gt_label=labels | masks.flatten(1).any(dim=1))
         pl_module.batch_versions = names  # type: ignore[assignment]

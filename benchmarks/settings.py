@@ -3,6 +3,7 @@
 """The settings of a leaderboard, stored beside its cells; cells of different settings are never mixed."""
 
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ MAY_CHANGE = ("categories", "shots", "draws", "baseline", "conditions", "version
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share a folder do not collide
     temporary.write_text(text)
     temporary.replace(path)
 

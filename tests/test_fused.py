@@ -255,7 +255,7 @@ def test_little_room_keeps_what_fits(products: Path, tmp_path: Path) -> None:
 
 def test_real_and_synthetic_defects_stand_beside_each_other(products: Path, tmp_path: Path) -> None:
     _, watch, _ = fit(products, tmp_path, epochs=2)
-    painted = {name for name in watch.versions if " painted " in name}
+    painted = {name for name in watch.versions if name.endswith(" painted")}
     assert painted
     assert watch.versions - painted
     _, watch, _ = fit(products, tmp_path, epochs=1, synthetic=0.0)
