@@ -9,8 +9,9 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_resad.distributed import total
 from anomalib_resad.reference_bank import to_rows
 
-# Squared length below which two patches count as equal, so that the logarithm stays finite.
-EQUAL = 1e-3
+# Share of a normal residual's mean squared length below which two patches count as equal, so that the logarithm stays
+# finite and copies of a patch do not decide how far distances spread.
+EQUAL = 5e-3
 TINY = 1e-12  # keeps what never varied from being divided by zero
 
 
@@ -49,7 +50,8 @@ class FusedHead(nn.Module):
     def evidence(self, residuals: Tensor) -> Tensor:
         """Logit and log-distance of residuals ``x - x*``, shape ``(N, C)`` to ``(N, 2)``."""
         logit = self.classifier(residuals.abs() * self.power.clamp(min=TINY).rsqrt())
-        distance = residuals.square().sum(dim=1, keepdim=True).clamp(min=EQUAL).log()
+        shortest = EQUAL * self.power.sum() + TINY
+        distance = torch.maximum(residuals.square().sum(dim=1, keepdim=True), shortest).log()
         return torch.cat([logit, distance], dim=1)
 
     def forward(self, residuals: Tensor) -> Tensor:

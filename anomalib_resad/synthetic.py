@@ -50,8 +50,8 @@ def paint(generator: PerlinAnomalyGenerator, image: Tensor) -> tuple[Tensor, Ten
 class SyntheticDefects(Callback):
     """Paint defects on some of the good training images, on others in each epoch.
 
-    Each photo has one painted version, always the same, so that its features can be kept: many photos make many defects.
-    The callback runs before the pre-processor, on images in 0..1.
+    Each photo has one painted version, always the same, so that its features can be kept: many photos make many
+    defects. The callback runs before the pre-processor, on images in 0..1.
 
     Args:
         share (float): Share of the good images that get a defect. Where no training image has a real one, it is 0.5 at

@@ -66,7 +66,7 @@ def main(
     backbone: str = "resnet18",
     k_shot: int = 4,
     draws: int = 1,
-    epochs: int = 12,
+    epochs: int = 8,
     seed: int = 0,
     output: Path = Path("demo"),
 ) -> None:

@@ -82,6 +82,17 @@ def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(engine.best_model_path)
 
 
+@pytest.fixture(scope="session")
+def trained_default(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the default model, `trained` being the conference paper's."""
+    seed_everything(0)
+    engine = quiet_engine(tmp_path_factory.mktemp("default"), max_epochs=2)
+    model = ResAD(backbone="resnet18", pre_trained=False, image_size=(64, 64), k_shot=2, visualizer=False)
+    engine.fit(model, datamodule=cross_category(products))
+    assert engine.best_model_path
+    return Path(engine.best_model_path)
+
+
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -285,6 +285,26 @@ def test_normalization_is_that_of_training(inferencer: ResADInferencer) -> None:
         assert normalize(np.float64(denormalize(value, scale)), scale) == pytest.approx(value, abs=1e-6)
 
 
+def test_the_default_model(trained_default: Path, good: list[Path], new: list[Path], tmp_path: Path) -> None:
+    """Its bank holds joined levels and their keys, which are thinned out together."""
+    inferencer = ResADInferencer(export_bundle(trained_default, tmp_path / "bundle"), banks=tmp_path / "banks")
+    inferencer.enroll("tiles", good[:3])
+    evaluation = TorchReference(load_model(trained_default), good[:3])
+    for photo in new:
+        theirs, ours = inferencer.predict(photo, "tiles"), evaluation.predict(photo)
+        assert theirs.score == pytest.approx(ours.score, abs=1e-4)
+        assert theirs.raw_score == pytest.approx(ours.raw_score, rel=1e-4)
+        assert theirs.label == ours.label
+        np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
+    whole = inferencer.bank("tiles").arrays
+    assert [len(rows) for rows in whole.values()] == [192, 192]
+    thin = inferencer.enroll("thin", good[:3], max_patches=50).arrays
+    assert [len(rows) for rows in thin.values()] == [50, 50]
+    for row, key in zip(thin["rows_0"], thin["rows_1"], strict=True):
+        places = np.flatnonzero((whole["rows_0"] == row).all(axis=1))
+        assert (whole["rows_1"][places] == key).all(axis=1).any()
+
+
 def test_a_thinned_out_bank(inferencer: ResADInferencer, good: list[Path]) -> None:
     bank = inferencer.enroll("tiles", good[:2], max_patches=50)
     assert [len(bank.arrays[f"rows_{level}"]) for level in range(3)] == [50, 50, 32]
