@@ -151,13 +151,32 @@ def draw_shots(summary: pd.DataFrame, methods: list[str], path: Path) -> Path:
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, metric in zip(axes, shown, strict=True):
         plot_shots(axis, summary, methods, metric)
+    return _save(figure, summary, methods, 2 * len(shown), path)
+
+
+def draw_cost(summary: pd.DataFrame, methods: list[str], shots: int, path: Path) -> Path:
+    """Write the plot of quality against cost as PNG.
+
+    Args:
+        summary (pd.DataFrame): As of :func:`benchmarks.summary.summarize`.
+        methods (list[str]): All methods.
+        shots (int): Number of reference photos.
+        path (Path): PNG to write.
+    """
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    plot_cost(figure.subplots(), summary, methods, shots)
+    return _save(figure, summary, methods, 3, path)
+
+
+def _save(figure: Figure, summary: pd.DataFrame, methods: list[str], columns: int, path: Path) -> Path:
+    """Add a legend of the methods that were measured, and write the picture whole."""
     # lines and markers are drawn apart; the legend shows both
     handles = [
         Line2D([], [], color=color, marker=marker, label=plain(method))
         for method in measured(summary, methods)
         for color, marker, _ in [style(methods, method)]
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * len(shown)), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns), frameon=False)
     temporary = path.with_suffix(".part.png")
     figure.savefig(temporary, dpi=110)
     temporary.replace(path)

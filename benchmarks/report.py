@@ -15,7 +15,7 @@ from jsonargparse import auto_cli
 
 from benchmarks.gallery import Row, draw, load_rows, save_small
 from benchmarks.page import write_page
-from benchmarks.plots import SHOWN, draw_shots
+from benchmarks.plots import SHOWN, draw_cost, draw_shots
 from benchmarks.protocol import DISTURBING, PAIRING, PUBLISHING, READING, extent, protocol, title, warnings
 from benchmarks.settings import write_whole
 from benchmarks.summary import MEAN, Board, pair, read_board, robustness, summarize
@@ -119,6 +119,7 @@ def write_report(folder: Path) -> None:
     write_page(folder / "leaderboard.html", board, summary, paired, robust, rows, drawn)
     write_gallery(rows, drawn, folder / "gallery.png")
     draw_shots(summary, board.methods, folder / "shots.png")
+    draw_cost(summary, board.methods, board.detail_shots, folder / "cost.png")
 
 
 def _read_summary(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -113,7 +113,9 @@ def test_head_counts_magnitudes_and_both_classes_alike() -> None:
     head = FusedHead(8).eval()
     residuals = torch.randn(10, 8)
     torch.testing.assert_close(head.evidence(residuals), head.evidence(-residuals))
-    assert head.evidence(torch.zeros(1, 8))[0, 1].item() == pytest.approx(math.log(8 * EQUAL)), "in units of normal residuals"
+    assert head.evidence(torch.zeros(1, 8))[0, 1].item() == pytest.approx(math.log(8 * EQUAL)), (
+        "in units of normal residuals"
+    )
     rare = torch.zeros(10, dtype=torch.bool)
     rare[0] = True
     logits = head.evidence(residuals)[:, 0]

@@ -221,7 +221,15 @@ def test_no_paths_of_this_machine(report: Path, tmp_path_factory: pytest.TempPat
 
 def test_files_are_whole(report: Path) -> None:
     names = {path.name for path in report.iterdir()}
-    assert {"results.csv", "summary.csv", "paired.csv", "robustness.csv", "shots.png", "gallery.png"} <= names
+    assert {
+        "results.csv",
+        "summary.csv",
+        "paired.csv",
+        "robustness.csv",
+        "shots.png",
+        "cost.png",
+        "gallery.png",
+    } <= names
     assert not [name for name in names if ".part" in name]
     with (report / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
