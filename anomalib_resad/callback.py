@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_resad.datamodule import category_name
 from anomalib_resad.feature_cache import FeatureCache
@@ -66,6 +67,13 @@ class ReferencePools:
             )
             raise ValueError(msg)
         return draw(others, k_shot, seeded(*keys))
+
+
+def augments(dataset: AnomalibDataset) -> bool:
+    """Whether a data set changes its images at random; anomalib adds the model's own resizing, which does not."""
+    transform = getattr(dataset, "augmentations", None)
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    return any(step is not None and not isinstance(step, Resize) for step in steps)
 
 
 def _names(record: dict[str, Any]) -> str:
@@ -222,7 +230,7 @@ class FewShotReferences(Callback):
         train = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         held_out = [datamodule.val_data] if datamodule is not None and self._validates_on_source(trainer) else []
         self._pools = ReferencePools(train, *held_out)
-        self._augments = bool(getattr(train, "augmentations", None))  # then no picture is seen twice
+        self._augments = augments(train)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
