@@ -3,11 +3,14 @@
 """Synthetic defects, painted on good photos: beside real ones, or in their place where there are none."""
 
 import logging
+import random
 
+import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from anomalib_resad.feature_cache import FeatureCache
@@ -104,8 +107,11 @@ class SyntheticDefects(Callback):
             if kept is not None:
                 masks[index] = kept[-1]
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(seeded(self.seed, path).integers(2**31)))
+            with isolate_rng(include_cuda=False):
+                seed = int(seeded(self.seed, path).integers(2**31))
+                random.seed(seed)  # the generator draws from all three
+                np.random.seed(seed)  # noqa: NPY002
+                torch.manual_seed(seed)
                 images[index], masks[index] = paint(self.generator, images[index])
         batch.update(image=images, gt_mask=masks, gt_label=labels | masks.flatten(1).any(dim=1))
         pl_module.batch_versions = names  # type: ignore[assignment]

@@ -198,6 +198,11 @@ def test_local_weights_of_a_transformer_are_resampled_as_timm_does(name: str, tm
     torch.testing.assert_close(ours, theirs)
 
 
-def test_backbones_without_feature_maps_are_refused() -> None:
-    with pytest.raises(ValueError, match="gives no feature maps"):
-        FeaturePyramid("mixer_s16_224", ["none"])
+def test_backbones_without_feature_maps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        msg = "not implemented"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ValueError, match=r"gives no feature maps \(not implemented\)"):
+        describe.__wrapped__("mixer_s16_224")

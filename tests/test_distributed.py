@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -96,6 +97,16 @@ def state(model: ResAD) -> State:
     return {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    """With several, sums over threads are not always rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("kind", ["fused", "resad++", "synthetic defects"])
 def test_a_training_that_goes_on_ends_where_an_uninterrupted_one_does(
     products: Path, tmp_path: Path, kind: str
