@@ -47,7 +47,7 @@ def test_enroll_and_inspect_in_a_browser(server: str, products: Path, tmp_path: 
         page.goto(server)
         page.get_by_role("tab", name="Products").click()
         page.get_by_label("Product", exact=True).last.fill("../leave")
-        page.locator("input[type=file]").last.set_input_files(good)
+        page.locator("#files input[type=file]").set_input_files(good)
         page.get_by_text(good[1].name.removesuffix(".png")).first.wait_for()
         page.locator("#enroll").click()
         page.get_by_text("cannot be the name of a product").wait_for()

@@ -134,7 +134,11 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
             with gr.Column():
                 name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
                 files = gr.File(
-                    label="Good photos", file_count="multiple", file_types=sorted(EXTENSIONS), type="filepath"
+                    label="Good photos",
+                    file_count="multiple",
+                    file_types=sorted(EXTENSIONS),
+                    type="filepath",
+                    elem_id="files",
                 )
                 enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
                 remove = gr.Button("Remove this product", variant="stop")
@@ -142,9 +146,9 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
             table = gr.Dataframe(
                 page.products, headers=["product", "photos", "MB", "threshold"], interactive=False, label="Enrolled"
             )
-        blocks.load(page.choices, None, product, api_name=False)
+        blocks.load(page.choices, None, product, api_visibility="private")
         inspect.click(page.inspect, [photo, product, threshold], [picture, score, verdict], api_name="inspect")
-        threshold.change(page.verdict, [score, threshold], verdict, api_name=False, show_progress="hidden")
+        threshold.change(page.verdict, [score, threshold], verdict, api_visibility="private", show_progress="hidden")
         keep.click(page.keep_threshold, [product, threshold], [threshold, table, verdict], api_name="keep_threshold")
         enroll.click(page.enroll, [name, files], [message, table, product, files], api_name="enroll")
         remove.click(page.remove, name, [message, table, product], api_name="remove")
