@@ -301,14 +301,11 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         height, width = self.batch_features[0].shape[-2:]
         shares = F.adaptive_avg_pool2d(mask[:, None].float(), (height, width)).squeeze(1)
         loss = self.model.head_loss(self.batch_features, self.batch_references, shares)
-        self._step(loss)
-        return {"train_head": loss.detach()}
-
-    def _step(self, loss: Tensor) -> None:
         optimizer = self.optimizers()
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.manual_backward(loss)
         optimizer.step()  # type: ignore[union-attr]
+        return {"train_head": loss.detach()}
 
     def _train_flow(self, mask: Tensor) -> dict[str, Tensor]:
         """Train constraintor, codebook and flow on a batch whose defects ``mask`` marks, shape ``(B, H, W)``."""
