@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The default model's patch features: all levels on one grid, and short keys to match them by."""
+"""The default model's patch features: all levels on one grid, short keys to match them by, and how rare each is."""
 
 from collections.abc import Sequence
 
@@ -12,6 +12,35 @@ from torch.nn import functional as F  # noqa: N812
 def _of_length(length: float, x: Tensor) -> Tensor:
     """Scale each position of ``(B, C, H, W)`` to a length. Exported, `F.normalize` would divide in every channel."""
     return x * (length * x.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt())
+
+
+def distance_within(keys: Tensor) -> Tensor:
+    """Squared distance of each patch to the nearest one elsewhere in its own photo.
+
+    A few references do not show everything that a good product looks like, but what is normal tends to recur within a
+    photo, and a defect does not. Elsewhere is further away than a 14th of the photo's shorter side, because what
+    is next to a defect belongs to it. Every second patch of every second row stands for all of them: a quarter of
+    the cost of a reference photo's.
+
+    Args:
+        keys (Tensor): Of unit length at each position, shape ``(B, K, H, W)``.
+
+    Returns:
+        Tensor: Shape ``(B, H, W)``; 4, the largest possible, where there is nothing elsewhere.
+    """
+    batch, _, height, width = keys.shape
+    margin = min(height, width) // 14
+    rows, columns = (torch.arange(side, device=keys.device) for side in (height, width))
+    near_rows = (rows[:, None] - rows[None, ::2]).abs() <= margin
+    near_columns = (columns[:, None] - columns[None, ::2]).abs() <= margin
+    near = near_rows[:, None, :, None] & near_columns[None, :, None, :]  # (H, W, H / 2, W / 2)
+    highest = 1 - 2 * near.reshape(height * width, -1).to(keys)  # cosine: -1 rules out
+    exporting = torch.compiler.is_compiling()
+    nearest = [
+        torch.minimum(part.flatten(2).transpose(1, 2) @ part[..., ::2, ::2].flatten(2), highest).amax(dim=2)
+        for part in ([keys] if exporting else keys.split(1))  # one by one: the batch changes no rounding then
+    ]
+    return (2 - 2 * torch.cat(nearest)).clamp(min=0).reshape(batch, height, width)
 
 
 class JoinedLevels(nn.Module):

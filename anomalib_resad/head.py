@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The default model's trainable part: what residuals look like where a photo is defective, beside how long they are."""
+"""The default model's trainable part: what residuals look like where a photo is defective, beside two distances."""
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,15 @@ TINY = 1e-12  # keeps what never varied from being divided by zero
 
 
 class FusedHead(nn.Module):
-    """Anomaly of each patch: the abnormal class's logit plus the logarithm of the distance, both standardized.
+    """Anomaly of each patch from three pieces of evidence, each in units of its spread over normal source patches.
 
-    The distance alone is strong on products that were never seen, and a classifier alone is not: it overfits to the
-    few source categories. Each compensates for the other's weakness, so both count the same, in units of their
-    standard deviation over normal source patches. The classifier sees magnitudes of residuals, channel by channel, not
-    their signs: which side of its reference a patch lies on depends on the product.
+    1. The logit of a classifier of the residual: what defects look like. It sees magnitudes, channel by channel, not
+       signs: which side of its reference a patch lies on depends on the product.
+    2. The logarithm of the residual's length: how far the nearest reference is.
+    3. The logarithm of the distance to the nearest patch elsewhere in the photo: how rare the patch is there.
+
+    The distances alone are strong on products that were never seen, and the classifier alone is not: it overfits to the
+    few source categories. So each distance counts twice.
 
     Args:
         channels (int): Channels of the residuals.
@@ -31,6 +34,7 @@ class FusedHead(nn.Module):
     """
 
     MOMENTUM = 0.02
+    WEIGHTS = (1.0, 2.0, 2.0)
 
     def __init__(self, channels: int, hidden: int = 32, dropout: float = 0.5) -> None:
         super().__init__()
@@ -38,45 +42,55 @@ class FusedHead(nn.Module):
             nn.Dropout(dropout), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1)
         )
         # Running statistics of normal patches, the same in training and in evaluation (batch norm's are not).
+        count = len(self.WEIGHTS)
         self.register_buffer("power", torch.ones(channels))  # mean square of each channel
-        self.register_buffer("mean", torch.zeros(2))
-        self.register_buffer("variance", torch.ones(2))
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("variance", torch.ones(count))
         self.register_buffer("batches", torch.zeros(()))
         self.power: Tensor
         self.mean: Tensor
         self.variance: Tensor
         self.batches: Tensor
 
-    def evidence(self, residuals: Tensor) -> Tensor:
-        """Logit and log-distance of residuals ``x - x*``, shape ``(N, C)`` to ``(N, 2)``."""
+    def evidence(self, residuals: Tensor, within: Tensor) -> Tensor:
+        """The three pieces of evidence of some patches.
+
+        Args:
+            residuals (Tensor): ``x - x*``, shape ``(N, C)``.
+            within (Tensor): Squared distances to the nearest patch elsewhere in the same photo, shape ``(N,)``.
+
+        Returns:
+            Tensor: Logit and two log-distances, shape ``(N, 3)``.
+        """
         logit = self.classifier(residuals.abs() * self.power.clamp(min=TINY).rsqrt())
         shortest = EQUAL * self.power.sum() + TINY
-        distance = torch.maximum(residuals.square().sum(dim=1, keepdim=True), shortest).log()
-        return torch.cat([logit, distance], dim=1)
+        distances = torch.cat([residuals.square().sum(dim=1, keepdim=True), within[:, None]], dim=1)
+        return torch.cat([logit, torch.maximum(distances, shortest).log()], dim=1)
 
-    def forward(self, residuals: Tensor) -> Tensor:
-        """Anomaly of each patch, ``(B, C, H, W)`` to ``(B, H, W)``, about 0 for normal patches, without bounds."""
-        batch, _, height, width = residuals.shape
-        scaled = (self.evidence(to_rows(residuals)) - self.mean) * self.variance.clamp(min=TINY).rsqrt()
-        return scaled.sum(dim=1).reshape(batch, height, width)
+    def forward(self, residuals: Tensor, within: Tensor) -> Tensor:
+        """Anomaly of each patch, ``(B, C, H, W)`` and ``(B, H, W)`` to ``(B, H, W)``, about 0 for normal patches."""
+        evidence = self.evidence(to_rows(residuals), within.flatten())
+        weights = torch.tensor(self.WEIGHTS).to(evidence) * self.variance.clamp(min=TINY).rsqrt()
+        return ((evidence - self.mean) * weights).sum(dim=1).reshape(within.shape)
 
-    def loss(self, residuals: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, residuals: Tensor, within: Tensor, labels: Tensor) -> Tensor:
         """Binary cross-entropy; normal and abnormal patches count the same, however rare the abnormal ones are.
 
         Args:
             residuals (Tensor): Shape ``(N, C)``.
+            within (Tensor): As of :meth:`evidence`; only the statistics depend on it.
             labels (Tensor): 1 for abnormal patches, shape ``(N,)``.
         """
         normal = labels == 0
         if self.training:
-            self._follow(residuals[normal])
-        logits = self.evidence(residuals)[:, 0]
+            self._follow(residuals[normal], within[normal])
+        logits = self.evidence(residuals, within)[:, 0]
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         sides = [losses[side].mean() for side in (normal, ~normal) if bool(side.any())]
         return torch.stack(sides).sum() / 2
 
     @torch.no_grad()
-    def _follow(self, residuals: Tensor) -> None:
+    def _follow(self, residuals: Tensor, within: Tensor) -> None:
         """Let the statistics follow normal patches (of all processes), as they are without dropout.
 
         The first batches count the same, later ones as a moving average.
@@ -88,7 +102,7 @@ class FusedHead(nn.Module):
         weight = max(self.MOMENTUM, 1 / float(self.batches))
         self.power.lerp_(total(residuals.square().sum(dim=0)) / count, weight)
         self.eval()
-        evidence = self.evidence(residuals)
+        evidence = self.evidence(residuals, within)
         self.train()
         mean = total(evidence.sum(dim=0)) / count
         self.mean.lerp_(mean, weight)

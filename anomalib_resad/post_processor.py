@@ -63,7 +63,7 @@ class RankKeepingPostProcessor(PostProcessor):
 
     @property
     def pixel_threshold(self) -> Tensor:
-        """Raw threshold of the maps. It moves with that of the scores: a score is the maximum of a map."""
+        """Raw threshold of the maps. It moves with that of the scores, which are maxima of maps, or nearly."""
         source = super().pixel_threshold
         moved = source + self.product_threshold - super().image_threshold
         moved = torch.where(torch.isnan(moved), self.product_threshold, moved)  # no source was learned from

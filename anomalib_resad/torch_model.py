@@ -22,7 +22,7 @@ from anomalib_resad.backbone import FeaturePyramid
 from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
 from anomalib_resad.constraintor import ConstraintorKind, make_constraintors
 from anomalib_resad.distributed import mean_of_known
-from anomalib_resad.embedding import JoinedLevels
+from anomalib_resad.embedding import JoinedLevels, distance_within
 from anomalib_resad.flow import PositionFlow
 from anomalib_resad.head import FusedHead
 from anomalib_resad.loss import (
@@ -50,6 +50,8 @@ Estimator = Literal["fused", "flow", "distance"]
 PATCHES = (96, 32)
 # Least share of a patch that a defect must cover for the patch to be abnormal; patches with less belong to no class.
 ABNORMAL_SHARE = 0.1
+# Share of a photo's patches, the most anomalous ones, whose mean is its score where the levels are joined.
+TOP_SHARE = 0.01
 
 
 def residual(features: Tensor, matched: Tensor, kind: Residual = "difference") -> Tensor:
@@ -157,7 +159,7 @@ class ResADModel(nn.Module):
         if trained and push_pull == "log_barrier":
             self.register_buffer("boundaries", torch.full((len(trained),), float("nan")))
         self.head = FusedHead(channels[0]) if estimator == "fused" else None
-        self.anomaly_map = AnomalyMapGenerator(len(channels), sigma)
+        self.anomaly_map = AnomalyMapGenerator(len(channels), sigma, TOP_SHARE if self.join is not None else 0.0)
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score normalized images against the bank.
@@ -195,13 +197,14 @@ class ResADModel(nn.Module):
     def score(self, features: Sequence[Tensor], matched: Sequence[Tensor], image_size: Sequence[int]) -> InferenceBatch:
         """Score features that have met their references, one map ``(B, C_l, H_l, W_l)`` per level each.
 
-        Keys, which have no references of their own, may stand behind the features.
+        Behind joined features stand their keys, which have no references of their own.
         """
+        keys = features[-1]
         features = features[: len(matched)]
         if self.estimator == "distance":
             anomalies = [distance(x, m, self.bank.metric) for x, m in zip(features, matched, strict=True)]
         elif self.head is not None:
-            anomalies = [self.head(x - m) for x, m in zip(features, matched, strict=True)]
+            anomalies = [self.head(x - m, distance_within(keys)) for x, m in zip(features, matched, strict=True)]
         else:
             constrained = self.constrain(self.match_residuals(self.residuals(features, matched)))
             maps = [flow.maps(level) for flow, level in zip(self.flows, constrained, strict=True)]  # type: ignore[operator]
@@ -252,15 +255,19 @@ class ResADModel(nn.Module):
             shares (Tensor): How much of each patch is defective, 0 to 1, shape ``(B, H, W)``.
         """
         assert self.head is not None
-        residuals, labels = [], []
-        for image, keys, (rows, row_keys), share in zip(*features, references, shares.flatten(1), strict=True):
+        residuals, within, labels = [], [], []
+        distances = distance_within(features[1]).flatten(1)
+        for image, keys, (rows, row_keys), share, distance_map in zip(
+            *features, references, shares.flatten(1), distances, strict=True
+        ):
             shuffled = torch.randperm(len(share), device=share.device)
             sides = (share[shuffled] == 0, share[shuffled] >= ABNORMAL_SHARE)
             chosen = torch.cat([shuffled[side][:most] for side, most in zip(sides, PATCHES, strict=True)])
             nearest = nearest_rows(keys.flatten(1).T[chosen], row_keys, self.bank.metric)
             residuals.append(image.flatten(1).T[chosen] - rows[nearest])
+            within.append(distance_map[chosen])
             labels.append(share[chosen] > 0)
-        return self.head.loss(torch.cat(residuals), torch.cat(labels))
+        return self.head.loss(torch.cat(residuals), torch.cat(within), torch.cat(labels))
 
     def constrain_loss(
         self, features: Sequence[Tensor], matched: Sequence[Tensor], masks: Sequence[Tensor]

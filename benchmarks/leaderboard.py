@@ -148,14 +148,15 @@ class Leaderboard:
         if sources is None:
             sources = [target for other, target in self.targets.items() if other != category]
         method, batch = self.methods[name], self.source_batch_size
+        seed = self.seed if method.source_seed is None else method.source_seed
         weights = self.backbone.weights
         content = content_hash(weights) if weights else None
-        used = (method, replace(self.backbone, weights=None), content, self.seed, batch, *map(category_name, sources))
+        used = (method, replace(self.backbone, weights=None), content, seed, batch, *map(category_name, sources))
         label = slug(f"{name}_without_{category}" if self.sources is None else name)
         path = self.checkpoints / f"{label}_{sha256(repr(used).encode()).hexdigest()[:8]}.ckpt"
         workers = min(2, (os.cpu_count() or 1) - 1)
         source = CrossCategory(copy.deepcopy(sources), None, 0.1, batch, batch, workers)
-        return train_source(method, self.backbone, source, self.seed, path, self.progress)
+        return train_source(method, self.backbone, source, seed, path, self.progress)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Measure one cell; a failure is a result too."""
@@ -213,7 +214,7 @@ def main(
 
     Args:
         target: Datamodule of the targets; several categories are separated by commas.
-        methods: Name of each method, and how it is made: class_path, init_args, source_epochs, epochs.
+        methods: Name of each method, and how it is made: class_path, init_args, source_epochs, source_seed, epochs.
         output: Folder for cells, checkpoints and report.
         source: Datamodules to train on; without them, all targets but the one that is tested.
         shots: Numbers of reference photos.

@@ -36,12 +36,14 @@ class Method:
         init_args (dict[str, Any]): Its constructor's arguments. Backbone, weights, number of shots, name of the
             category and image size are filled in where the constructor has them and nothing is given here.
         source_epochs (int | None): Train that many epochs on the source categories first, once for each source.
+        source_seed (int | None): Seed of that training; by default the leaderboard's.
         epochs (int | None): Most epochs of fitting on the references; by default what the model itself asks for.
     """
 
     class_path: str
     init_args: dict[str, Any] = field(default_factory=dict)
     source_epochs: int | None = None
+    source_seed: int | None = None
     epochs: int | None = None
 
     @property

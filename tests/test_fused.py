@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from anomalib_resad import ResAD, ResADModel
+from anomalib_resad.anomaly_map import AnomalyMapGenerator
 from anomalib_resad.callback import augments
-from anomalib_resad.embedding import JoinedLevels
+from anomalib_resad.embedding import JoinedLevels, distance_within
 from anomalib_resad.head import EQUAL, FusedHead
 from anomalib_resad.reference_bank import ReferenceBank, to_rows
 from anomalib_resad.synthetic import SyntheticDefects, paint
+from anomalib_resad.torch_model import TOP_SHARE
 from anomalib_resad.variants import TRAINING, VARIANTS
 from tests.conftest import cross_category, quiet_engine
 
@@ -91,47 +93,87 @@ def test_projection_is_needed() -> None:
         ResADModel("resnet18", pre_trained=False, estimator="fused")
 
 
+# -- distance within a photo ------------------------------------------------------------------------------------------
+
+
+def test_what_recurs_elsewhere_is_near() -> None:
+    """Of a photo of two stripes that repeat, one patch is like no other; its double next to it does not count."""
+    keys = torch.zeros(2, 4, 28, 28)
+    keys[:, 0, :, ::2] = 1
+    keys[:, 1, :, 1::2] = 1
+    keys[1, :, 10, 10:12] = torch.tensor([0.0, 0.0, 1.0, 0.0])[:, None]
+    distances = distance_within(keys)
+    assert distances.shape == (2, 28, 28)
+    assert distances[0, :, ::2].max() == 0
+    assert distances[0, :, 1::2].min() == 2, "the second stripe is in no second column: looked for in a quarter"
+    assert distances[1, 10, 10] == distances[1, 10, 11] == 2
+    keys[1, :, 4, 4] = keys[1, :, 10, 10]
+    assert distance_within(keys)[1, 10, 10] == 0
+
+
+@pytest.mark.parametrize("size", [(28, 28), (20, 31), (56, 42)])
+def test_distance_within_leaves_out_the_surroundings(size: tuple[int, int]) -> None:
+    """Against a search by hand, patch by patch."""
+    torch.manual_seed(0)
+    keys = nn.functional.normalize(torch.randn(1, 5, *size), dim=1)
+    distances, margin = distance_within(keys)[0], min(size) // 14
+    for row, column in ((0, 0), (9, 9), (size[0] - 1, 3)):
+        elsewhere = [
+            (keys[0, :, row, column] - keys[0, :, other, second]).square().sum()
+            for other in range(0, size[0], 2)
+            for second in range(0, size[1], 2)
+            if max(abs(other - row), abs(second - column)) > margin
+        ]
+        torch.testing.assert_close(distances[row, column], torch.stack(elsewhere).min())
+
+
+def test_a_photo_without_elsewhere_is_as_far_as_can_be() -> None:
+    assert distance_within(nn.functional.normalize(torch.randn(2, 3, 1, 1), dim=1)).tolist() == [[[4.0]], [[4.0]]]
+
+
 # -- head -------------------------------------------------------------------------------------------------------------
 
 
-def test_anomaly_is_logit_and_distance_in_units_of_normal_patches() -> None:
+def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
     torch.manual_seed(0)
     head = FusedHead(16)
-    residuals = torch.randn(500, 16)
+    residuals, within = torch.randn(500, 16), torch.rand(500) + 1
+    labels = torch.zeros(500, dtype=torch.bool)
     for _ in range(3):
-        head.loss(residuals, torch.zeros(500, dtype=torch.bool))
+        head.loss(residuals, within, labels)
     head.eval()
     torch.testing.assert_close(head.power, residuals.square().mean(dim=0))
-    evidence = head.evidence(residuals)
+    evidence = head.evidence(residuals, within)
     parts = (evidence - evidence.mean(dim=0)) / evidence.std(dim=0, correction=0)
+    expected = (parts * torch.tensor(FusedHead.WEIGHTS)).sum(dim=1)
     maps = residuals[:6].reshape(1, 2, 3, 16).permute(0, 3, 1, 2)
-    torch.testing.assert_close(head(maps).flatten(), parts[:6].sum(dim=1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(head(maps, within[:6].reshape(1, 2, 3)).flatten(), expected[:6], atol=1e-4, rtol=0)
     before = head.mean.clone()
-    head.loss(2 * residuals, torch.zeros(500, dtype=torch.bool))
+    head.loss(2 * residuals, within, labels)
     assert torch.equal(head.mean, before), "nothing follows what is evaluated"
 
 
 def test_head_counts_magnitudes_and_both_classes_alike() -> None:
     torch.manual_seed(0)
     head = FusedHead(8).eval()
-    residuals = torch.randn(10, 8)
-    torch.testing.assert_close(head.evidence(residuals), head.evidence(-residuals))
-    assert head.evidence(torch.zeros(1, 8))[0, 1].item() == pytest.approx(math.log(8 * EQUAL)), (
-        "in units of normal residuals"
-    )
+    residuals, within = torch.randn(10, 8), torch.rand(10)
+    torch.testing.assert_close(head.evidence(residuals, within), head.evidence(-residuals, within))
+    least = head.evidence(torch.zeros(1, 8), torch.zeros(1))[0, 1:].tolist()
+    assert least == pytest.approx([math.log(8 * EQUAL)] * 2), "in units of normal residuals"
     rare = torch.zeros(10, dtype=torch.bool)
     rare[0] = True
-    logits = head.evidence(residuals)[:, 0]
+    logits = head.evidence(residuals, within)[:, 0]
     expected = nn.functional.softplus(-logits[:1]).mean() / 2 + nn.functional.softplus(logits[1:]).mean() / 2
-    torch.testing.assert_close(head.loss(residuals, rare), expected)
+    torch.testing.assert_close(head.loss(residuals, within, rare), expected)
 
 
 def test_head_learns_what_sets_defects_apart() -> None:
-    """A defect that is no longer than normal residuals, but lies in other channels."""
+    """A defect that is no longer than normal residuals and as frequent as they are, but lies in other channels."""
     torch.manual_seed(0)
     head = FusedHead(16)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     labels = torch.arange(400) % 4 == 0
+    within = torch.ones(400)
 
     def draw() -> Tensor:
         residuals = torch.randn(400, 16)
@@ -141,13 +183,31 @@ def test_head_learns_what_sets_defects_apart() -> None:
 
     for _ in range(100):
         optimizer.zero_grad()
-        head.loss(draw(), labels).backward()
+        head.loss(draw(), within, labels).backward()
         optimizer.step()
     head.eval()
-    evidence = head.evidence(draw())
+    evidence = head.evidence(draw(), within)
     assert evidence[labels, 0].min() > evidence[~labels, 0].median()
-    anomaly = ((evidence - head.mean) / head.variance.sqrt()).sum(dim=1)
+    anomaly = ((evidence[:, :2] - head.mean[:2]) / head.variance[:2].sqrt()).sum(dim=1)
     assert (anomaly[labels][:, None] > anomaly[~labels]).float().mean() > 0.95
+
+
+# -- score ------------------------------------------------------------------------------------------------------------
+
+
+def test_score_is_the_mean_of_the_most_anomalous_patches() -> None:
+    """Two of 196 patches, however they are smoothed in the map; the papers' presets take the map's maximum."""
+    anomalies = torch.zeros(1, 14, 14)
+    anomalies[0, 3, 3], anomalies[0, 9, 2], anomalies[0, 1, 1] = 4, 2, 1
+    result = AnomalyMapGenerator(1, sigma=4.0, top_share=0.01)([anomalies], (112, 112))
+    assert result.pred_score is not None
+    assert result.pred_score.tolist() == [3.0]
+    whole = AnomalyMapGenerator(1, sigma=4.0)([anomalies], (112, 112))
+    assert whole.anomaly_map is not None
+    assert torch.equal(whole.anomaly_map, result.anomaly_map)
+    assert whole.pred_score == whole.anomaly_map.max()
+    assert ResADModel("resnet18", pre_trained=False, **SETTINGS).anomaly_map.top_share == TOP_SHARE
+    assert ResADModel("resnet18", pre_trained=False).anomaly_map.top_share == 0
 
 
 # -- properties -------------------------------------------------------------------------------------------------------
