@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from anomalib_resad.lightning_model import ResAD
 
 WHOLE = "data"  # category of datamodules that have only one
+# Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
+KEY_PHOTOS = 64
 
 
 class ReferencePools:
@@ -224,13 +226,27 @@ class FewShotReferences(Callback):
     # -- source images, each with references of its own ---------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up which good images each category has."""
-        del pl_module
+        """Look up which good images each category has, and learn the keys from some of them."""
         datamodule = getattr(trainer, "datamodule", None)
         train = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         held_out = [datamodule.val_data] if datamodule is not None and self._validates_on_source(trainer) else []
         self._pools = ReferencePools(train, *held_out)
         self._augments = augments(train)
+        self._learn_keys(pl_module)  # type: ignore[arg-type]
+
+    def _learn_keys(self, pl_module: "ResAD") -> None:
+        """Once, before the first step, and in every process alike."""
+        join = pl_module.model.join
+        if not pl_module.is_trainable or join is None or join.learned:
+            return
+        assert self._pools is not None
+        good = sorted(self._pools.good.items())
+        most = max(1, KEY_PHOTOS // len(good))
+        drawn = [draw(paths, min(most, len(paths)), seeded(self.seed, name, "keys")) for name, paths in good]
+        paths = [path for category in drawn for path in category]
+        rank_zero_info(f"Learning what to match by, from {len(paths)} good photos of {len(good)} source categories.")
+        with torch.no_grad():
+            join.learn(self._features(pl_module, path)[0] for path in paths)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int

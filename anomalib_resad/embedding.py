@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The default model's patch features: all levels on one grid, short keys to match them by, and how rare each is."""
+"""The default model's patch features: all levels on one grid, short keys to match them by, and how rare each is.
 
-from collections.abc import Sequence
+Inside, positions come before channels, ``(B, H, W, C)``: that is how rows of a bank lie, and lengths are summed along
+memory. What is returned is a view in PyTorch's order.
+"""
+
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def _of_length(length: float, x: Tensor) -> Tensor:
-    """Scale each position of ``(B, C, H, W)`` to a length. Exported, `F.normalize` would divide in every channel."""
-    return x * (length * x.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt())
+    """Scale vectors along the last axis. Exported, `F.normalize` would divide in every channel."""
+    return x * (length * x.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt())
 
 
 def distance_within(keys: Tensor) -> Tensor:
@@ -28,7 +32,7 @@ def distance_within(keys: Tensor) -> Tensor:
     Returns:
         Tensor: Shape ``(B, H, W)``; 4, the largest possible, where there is nothing elsewhere.
     """
-    batch, _, height, width = keys.shape
+    batch, count, height, width = keys.shape
     margin = min(height, width) // 14
     rows, columns = (torch.arange(side, device=keys.device) for side in (height, width))
     near_rows = (rows[:, None] - rows[None, ::2]).abs() <= margin
@@ -36,10 +40,12 @@ def distance_within(keys: Tensor) -> Tensor:
     near = near_rows[:, None, :, None] & near_columns[None, :, None, :]  # (H, W, H / 2, W / 2)
     highest = 1 - 2 * near.reshape(height * width, -1).to(keys)  # cosine: -1 rules out
     exporting = torch.compiler.is_compiling()
-    nearest = [
-        torch.minimum(part.flatten(2).transpose(1, 2) @ part[..., ::2, ::2].flatten(2), highest).amax(dim=2)
-        for part in ([keys] if exporting else keys.split(1))  # one by one: the batch changes no rounding then
-    ]
+    nearest = []
+    for part in [keys] if exporting else keys.split(1):  # one by one: the batch changes no rounding then
+        places = part.permute(0, 2, 3, 1)
+        some = places[:, ::2, ::2].reshape(part.shape[0], -1, count)  # len() would fix the batch in exports
+        cosines = places.reshape(part.shape[0], -1, count) @ some.transpose(1, 2)
+        nearest.append(torch.minimum(cosines, highest).amax(dim=2))
     return (2 - 2 * torch.cat(nearest)).clamp(min=0).reshape(batch, height, width)
 
 
@@ -48,8 +54,9 @@ class JoinedLevels(nn.Module):
 
     Each level is brought to the grid of the second one (stride 8 of a pyramid), normalized to unit length at each
     position, so that no level outweighs the others, and concatenated. Residuals are taken of all these channels, but
-    the nearest reference is looked for in a random projection of them, which costs a fraction: random orthogonal
-    directions keep distances within a few per cent (Johnson and Lindenstrauss, 1984), for any backbone, untrained.
+    the nearest reference is looked for in a projection of them, which costs a fraction. Its directions are the first
+    principal ones of the source's features (:meth:`learn`); before that they are random and orthogonal, which keeps
+    distances too, but takes twice as many (Johnson and Lindenstrauss, 1984).
 
     Args:
         channels (Sequence[int]): Channels of the levels.
@@ -57,6 +64,7 @@ class JoinedLevels(nn.Module):
 
     Attributes:
         channels (list[int]): Channels of the two maps.
+        learned (Tensor): Whether the directions were learned.
     """
 
     SEED = 0
@@ -67,8 +75,10 @@ class JoinedLevels(nn.Module):
         keys = min(keys, total)
         self.channels = [total, keys]
         normal = torch.randn(total, keys, generator=torch.Generator().manual_seed(self.SEED))
-        self.register_buffer("directions", torch.linalg.qr(normal).Q.T.reshape(keys, total, 1, 1).contiguous())
+        self.register_buffer("directions", torch.linalg.qr(normal).Q.T.contiguous())
+        self.register_buffer("learned", torch.tensor(False))
         self.directions: Tensor
+        self.learned: Tensor
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Join levels of shape ``(B, C_l, H_l, W_l)``.
@@ -80,8 +90,25 @@ class JoinedLevels(nn.Module):
         height, width = features[min(1, len(features) - 1)].shape[-2:]
         grid = (height, width)
         share = len(features) ** -0.5
-        joined = torch.cat([_of_length(share, self._on_grid(level, grid)) for level in features], dim=1)
-        return [joined, _of_length(1.0, F.conv2d(joined, self.directions))]
+        places = [self._on_grid(level, grid).permute(0, 2, 3, 1) for level in features]
+        joined = torch.cat([_of_length(share, level) for level in places], dim=-1)
+        keys = _of_length(1.0, joined @ self.directions.T)
+        return [joined.permute(0, 3, 1, 2), keys.permute(0, 3, 1, 2)]
+
+    @torch.no_grad()
+    def learn(self, photos: Iterable[Tensor]) -> None:
+        """Take the directions in which joined levels have most of their energy; cosines are about that, not variance.
+
+        Args:
+            photos (Iterable[Tensor]): Joined levels of good photos, shape ``(B, C, H, W)`` each.
+        """
+        moment = torch.zeros(self.channels[0], self.channels[0], dtype=torch.float64)
+        for joined in photos:
+            rows = joined.permute(0, 2, 3, 1).flatten(0, 2)
+            moment += (rows.T @ rows / len(rows)).cpu().double()
+        _, vectors = torch.linalg.eigh(moment)  # ascending
+        self.directions.copy_(vectors[:, -self.channels[1] :].flip(1).T)
+        self.learned.fill_(True)
 
     @staticmethod
     def _on_grid(level: Tensor, grid: tuple[int, int]) -> Tensor:

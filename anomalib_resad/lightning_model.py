@@ -97,7 +97,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
             published.
         estimator (Estimator | None): ``"flow"`` in both, ``"fused"`` (a small head) in the default, or ``"distance"``
             for the plain nearest-neighbor distance, which needs no training.
-        projection (int | None): Channels of the keys by which joined levels are matched, 128 in the default; 0 in
+        projection (int | None): Channels of the keys by which joined levels are matched, 64 in the default; 0 in
             both, which match each level by itself.
         synthetic (float | None): Share of good training images that get a painted defect, 0.5 in the default, 0 in
             both. Where there are no real defects, half of the images get one in any case.

@@ -135,7 +135,7 @@ class ResADModel(nn.Module):
             msg = f"efdm={efdm} must be a share, 0 to 1, and codebook_size={codebook_size} a number of codes or 0."
             raise ValueError(msg)
         if projection < 0 or (estimator == "fused" and not projection):
-            msg = f"projection={projection} must be a number of channels, such as 128; 0 only where estimator='flow'."
+            msg = f"projection={projection} must be a number of channels, such as 64; 0 only where estimator='flow'."
             raise ValueError(msg)
         self.residual_kind: Residual = residual
         self.constraintor_kind: ConstraintorKind = constraintor
@@ -263,8 +263,8 @@ class ResADModel(nn.Module):
             shuffled = torch.randperm(len(share), device=share.device)
             sides = (share[shuffled] == 0, share[shuffled] >= ABNORMAL_SHARE)
             chosen = torch.cat([shuffled[side][:most] for side, most in zip(sides, PATCHES, strict=True)])
-            nearest = nearest_rows(keys.flatten(1).T[chosen], row_keys, self.bank.metric)
-            residuals.append(image.flatten(1).T[chosen] - rows[nearest])
+            nearest = nearest_rows(to_rows(keys[None])[chosen], row_keys, self.bank.metric)
+            residuals.append(to_rows(image[None])[chosen] - rows[nearest])
             within.append(distance_map[chosen])
             labels.append(share[chosen] > 0)
         return self.head.loss(torch.cat(residuals), torch.cat(within), torch.cat(labels))

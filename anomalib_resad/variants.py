@@ -20,7 +20,7 @@ TRAINING = ("lr", "synthetic", "warmup")
 VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {
         "estimator": "fused",
-        "projection": 128,
+        "projection": 64,
         "synthetic": 0.5,
         "match": "cosine",
         "residual": "difference",

@@ -176,8 +176,9 @@ class Leaderboard:
         method = self.methods[cell.method]
         given: dict[str, Any] = {"k_shot": cell.shots, "reference_seed": cell.draw}
         given["class_name"] = cell.category.replace("_", " ")
-        if method.source_epochs:
-            given["checkpoint"] = str(self.checkpoint(cell.method, cell.category))
+        trained_as = method.trained_as or cell.method
+        if self.methods[trained_as].source_epochs:
+            given["checkpoint"] = str(self.checkpoint(trained_as, cell.category))
         data = target_data(self.targets[cell.category], cell)
         seed_everything(cell.draw)
         model = build(method, self.backbone, **given)
@@ -214,7 +215,8 @@ def main(
 
     Args:
         target: Datamodule of the targets; several categories are separated by commas.
-        methods: Name of each method, and how it is made: class_path, init_args, source_epochs, source_seed, epochs.
+        methods: Name of each method, and how it is made: class_path, init_args, epochs, source_epochs, source_seed,
+            trained_as.
         output: Folder for cells, checkpoints and report.
         source: Datamodules to train on; without them, all targets but the one that is tested.
         shots: Numbers of reference photos.

@@ -37,6 +37,7 @@ class Method:
             category and image size are filled in where the constructor has them and nothing is given here.
         source_epochs (int | None): Train that many epochs on the source categories first, once for each source.
         source_seed (int | None): Seed of that training; by default the leaderboard's.
+        trained_as (str | None): Take the checkpoint of this method instead of training one.
         epochs (int | None): Most epochs of fitting on the references; by default what the model itself asks for.
     """
 
@@ -44,6 +45,7 @@ class Method:
     init_args: dict[str, Any] = field(default_factory=dict)
     source_epochs: int | None = None
     source_seed: int | None = None
+    trained_as: str | None = None
     epochs: int | None = None
 
     @property

@@ -84,6 +84,32 @@ def test_keys_keep_who_is_near() -> None:
     assert right.float().mean() > 0.99
 
 
+def test_learned_keys_are_the_principal_directions() -> None:
+    """Features in three directions need three keys; random ones would lose some of each."""
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 3)).Q
+    photos = [(torch.randn(1, 10, 10, 3) * torch.tensor([3.0, 2.0, 1.0]) @ basis.T).permute(0, 3, 1, 2) for _ in "ab"]
+    join = JoinedLevels([16, 16], 3)
+    assert not join.learned
+    join.learn(photos)
+    assert join.learned
+    torch.testing.assert_close((join.directions @ basis).abs(), torch.eye(3), atol=0.1, rtol=0)
+    rows = to_rows(photos[0])
+    torch.testing.assert_close((rows @ join.directions.T).norm(dim=1), rows.norm(dim=1))
+
+
+def test_keys_are_learned_once_and_kept(products: Path, tmp_path: Path) -> None:
+    first, _, _ = fit(products, tmp_path / "first", epochs=1)
+    second, _, _ = fit(products, tmp_path / "second", epochs=1)
+    assert first.model.join is not None
+    assert second.model.join is not None
+    assert first.model.join.learned
+    torch.testing.assert_close(first.model.join.directions, second.model.join.directions)
+    untrained = ResADModel("resnet18", pre_trained=False, **SETTINGS).join
+    assert untrained is not None
+    assert not torch.allclose(first.model.join.directions, untrained.directions, atol=0.1)
+
+
 def test_fewer_channels_than_keys() -> None:
     assert JoinedLevels([3, 4], 128).channels == [7, 7]
 
@@ -305,8 +331,9 @@ def test_kept_features_change_the_cost_and_nothing_else(products: Path, tmp_path
     kept, watch, runs = fit(products, tmp_path / "kept")
     computed, other, more_runs = fit(products, tmp_path / "computed", cache_gb=0.0)
     assert watch.kept[-1] > 0 == other.kept[-1]
-    good, defective, painted = 2 * 9, 2 * 3, 2 * 9  # of two source products, less what is held out
-    assert runs <= good + defective + painted + len("target") < more_runs, "each picture needs the backbone once"
+    good, defective, painted, keys = 2 * 9, 2 * 3, 2 * 9, 2 * 9  # of two source products, less what is held out
+    most = good + defective + painted + keys + len("target")
+    assert runs <= most < more_runs, "each picture needs the backbone once, and once for the keys"
     assert watch.versions == other.versions
     losses = [[value for value in one.losses if value == value] for one in (watch, other)]  # noqa: PLR0124  # NaN
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
