@@ -11,23 +11,28 @@ import io
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from anomalib.models import AnomalibModule, Patchcore
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType
+from anomalib.models import Patchcore
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
+from torchvision.utils import save_image
 
 from anomalib_resad import ResAD
+from anomalib_resad.embedding import distance_within
 from anomalib_resad.variants import VARIANTS
 from benchmarks.measure import PeakMemory
 from benchmarks.settings import PACKAGES, cpu, write_whole
@@ -79,12 +84,13 @@ def stages(model: ResAD, photos: Tensor) -> Actions:
     assert net.head is not None
     head, join = net.head, net.join
     levels, features = net.backbone(photos), net.encode(photos)
-    residual = features[0] - net.bank(features)[0]
-    anomalies = [head(residual)]
+    residual, within = features[0] - net.bank(features)[0], distance_within(features[-1])
+    anomalies = [head(residual, within)]
     return {
         "fused: join": lambda: join(levels),
         "fused: match": lambda: net.bank(features),
-        "fused: head": lambda: head(residual),
+        "fused: distance within": lambda: distance_within(features[-1]),
+        "fused: head": lambda: head(residual, within),
         "fused: map": lambda: net.anomaly_map(anomalies, photos.shape[-2:]),
     }
 
@@ -102,31 +108,55 @@ def torch_rows(backbone: str, references: Tensor, batch: int, repeats: int) -> l
     return [{"backbone": backbone, "runtime": "torch", "batch": batch} | row for row in rows]
 
 
-def openvino_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
-    """Times per photo of the exports, pre-processing inside, against the backbone exported alone."""
+def openvino_rows(backbone: str, references: Tensor, batches: Sequence[int], repeats: int, threads: int) -> list[Row]:
+    """Times per batch of the exports, pre-processing inside, against the backbone exported alone in that precision."""
     import openvino as ov  # noqa: PLC0415  # an extra
 
-    photo = torch.rand(1, 3, 224, 224).numpy()
+    from anomalib_resad.precision import quantize_encoder  # noqa: PLC0415
+
     core = ov.Core()
+    rows: list[Row] = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        fused = enrolled(backbone, "fused", references)
-        files = {BACKBONE: _export(fused.model.backbone, folder)}
-        exported: dict[str, AnomalibModule] = {"fused": fused, "Patchcore 0.1": patchcore(backbone, 0.1, references)}
-        for title, model in exported.items():
-            # Of Patchcore, an export for any batch size would only take the size of the example.
-            options = None if title == "fused" else {"dynamic_shapes": None}
-            files[title] = model.to_openvino(folder / title, input_size=(224, 224), onnx_kwargs=options)
-        rows: list[Row] = []
-        for precision in ("f32", "bf16"):
-            requests = {
-                title: core.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": precision}).create_infer_request()
-                for title, file in files.items()
+        fused, noise = enrolled(backbone, "fused", references), noise_photos(folder / "noise")
+        size = {"input_size": (224, 224)}
+        alone = _export(fused.model.backbone, folder)
+        files: dict[str, Any] = {BACKBONE: core.read_model(alone), "fused": fused.to_openvino(folder / "fused", **size)}
+        # Of Patchcore, an export for any batch size would only take the size of the example.
+        rival = patchcore(backbone, 0.1, references)
+        single = {"Patchcore 0.1": rival.to_openvino(folder, **size, onnx_kwargs={"dynamic_shapes": None})}
+        arrays = [torch.rand(1, 3, 224, 224).numpy() for _ in range(10)]
+        quantized = {
+            BACKBONE: quantize_encoder(core.read_model(alone), arrays),
+            "fused": fused.to_openvino(
+                folder / "int8", **size, compression_type=CompressionType.INT8_PTQ, datamodule=noise
+            ),
+        }
+        for precision, batch in product(("f32", "bf16", "int8"), batches):
+            chosen = quantized if precision == "int8" else files | (single if batch == 1 else {})
+            photos = torch.rand(batch, 3, 224, 224).numpy()
+            config = {
+                "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+                "INFERENCE_NUM_THREADS": threads,
             }
-            actions: Actions = {title: partial(request.infer, [photo]) for title, request in requests.items()}
-            timed = in_turn(actions, repeats, f"{backbone}, OpenVINO, {precision}")
-            rows += [{"backbone": backbone, "runtime": f"openvino {precision}", "batch": 1} | row for row in timed]
+            actions: Actions = {}
+            for title, file in chosen.items():
+                model = file.clone() if isinstance(file, ov.Model) else core.read_model(file)
+                model.reshape(photos.shape)
+                actions[title] = partial(
+                    core.compile_model(model, "CPU", config).create_infer_request().infer, [photos]
+                )
+            timed = in_turn(actions, repeats, f"{backbone}, OpenVINO, {precision}, batch {batch}")
+            rows += [{"backbone": backbone, "runtime": f"openvino {precision}", "batch": batch} | row for row in timed]
     return rows
+
+
+def noise_photos(folder: Path, count: int = 10) -> Folder:
+    """Photos to calibrate 8-bit ranges with; the time does not depend on what they show."""
+    folder.mkdir()
+    for number in range(count):
+        save_image(torch.rand(3, 224, 224), folder / f"{number}.png")
+    return Folder("noise", normal_dir=folder, train_batch_size=1, num_workers=0, val_split_mode="none")
 
 
 def _export(module: nn.Module, folder: Path) -> Path:
@@ -199,10 +229,10 @@ def speed(
     Args:
         output: Folder to write to.
         backbones: timm model names.
-        batches: Batch sizes in PyTorch.
+        batches: Batch sizes.
         shots: Reference photos.
         repeats: Counted rounds.
-        threads: Threads of PyTorch; OpenVINO takes what it finds.
+        threads: CPU threads.
         seed: Seed of weights and photos.
     """
     torch.set_num_threads(threads)
@@ -212,7 +242,7 @@ def speed(
     for backbone in backbones:
         for batch in batches:
             rows += torch_rows(backbone, references, batch, repeats)
-        rows += openvino_rows(backbone, references, repeats)
+        rows += openvino_rows(backbone, references, batches, repeats, threads)
         rows += training_rows(backbone, references, repeats)
         rows += other_rows(backbone, repeats)
         write(output, rows, {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed})
@@ -248,7 +278,7 @@ def show(rows: list[Row]) -> None:
         formats = ("{:.1f}", "{:.2f}", "{:.0f}", "{:.1f}")
         cells = [form.format(value) if value is not None else "" for form, value in zip(formats, figures, strict=True)]
         table.add_row(row["backbone"], row["runtime"], str(row["batch"]), row["item"], *cells)
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
