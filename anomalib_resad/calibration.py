@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A threshold for one product, from the scores of its own reference photos. NumPy only: no photo, no network, no torch.
+"""A threshold for one product, from the scores of its own reference photos. No photo, no network, no torch.
 
 Each of the k reference photos is scored against the bank of the k - 1 others. These k scores say where good photos of
-the product lie. How far they scatter cannot be learned from so few; that comes from the source categories of the
-training: location from the product, spread from the source.
+the product lie. How far they scatter can hardly be learned from so few: the source categories of the training tell how
+far is usual, and the product's own scores correct that as far as they go.
 """
 
 import json
@@ -12,10 +12,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+# How many scores of a product the source's spread is worth: products differ in how far their good photos scatter.
+PRIOR = 4
 
 
 def check_rate(rate: float) -> None:
@@ -51,10 +53,11 @@ def pooled_spread(scores: ArrayLike, categories: Sequence[str]) -> float:
 def product_threshold(scores: ArrayLike, spread: float, rate: float) -> float:
     """The raw score that a good photo of the product exceeds with the given probability.
 
-    The upper limit of a normal distribution around the mean of the scores, widened by ``sqrt(1 + 1 / k)``, since the
-    mean of k scores is uncertain itself. The bank of k - 1 photos gives slightly higher scores than that of all k, so
-    the limit is on the safe side. Where the source's spread is unknown, Student's distribution makes up for that of so
-    few scores.
+    The upper limit of Student's distribution around the mean of the scores, widened by ``sqrt(1 + 1 / k)``, since the
+    mean of k scores is uncertain itself. The variance is that of the product's scores and that of the source together,
+    which counts as :data:`PRIOR` scores more: the predictive distribution of a normal with a scaled inverse chi-squared
+    prior (Gelman et al., "Bayesian Data Analysis", 3rd edition, section 3.3). The bank of k - 1 photos gives slightly
+    higher scores than that of all k, so the limit is on the safe side.
 
     Args:
         scores (ArrayLike): Raw leave-one-out scores of the reference photos, shape ``(K,)``, ``K >= 2``.
@@ -70,13 +73,13 @@ def product_threshold(scores: ArrayLike, spread: float, rate: float) -> float:
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         msg = f"A product's threshold needs the finite scores of two or more reference photos, got {values.tolist()}."
         raise ValueError(msg)
-    if math.isnan(spread):
-        from scipy.stats import t  # noqa: PLC0415  # slow to import, and rarely needed
+    from scipy.stats import t  # noqa: PLC0415  # slow to import, and seldom needed
 
-        deviations = float(values.std(ddof=1) * t.ppf(1 - rate, len(values) - 1))
-    else:
-        deviations = spread * NormalDist().inv_cdf(1 - rate)
-    return float(values.mean()) + deviations * math.sqrt(1 + 1 / len(values))
+    freedom, squares = len(values) - 1, float(((values - values.mean()) ** 2).sum())
+    if not math.isnan(spread):
+        freedom, squares = freedom + PRIOR, squares + PRIOR * spread**2
+    deviation = math.sqrt(squares / freedom * (1 + 1 / len(values)))
+    return float(values.mean() + deviation * t.ppf(1 - rate, freedom))
 
 
 def normalize(score: float, threshold: float, low: float, high: float) -> float:

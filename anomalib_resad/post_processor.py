@@ -31,7 +31,7 @@ class RankKeepingPostProcessor(PostProcessor):
     the range of its source categories: enrolling a product must not learn them from that product's labeled images.
 
     A product may have thresholds of its own (:meth:`calibrate`), which stand in for those of the source and leave them
-    as they are. What the product's scores do not tell, how far good photos scatter, is learned with the threshold.
+    as they are. What a product's few scores hardly tell, how far good photos scatter, is learned with the threshold.
 
     Attributes:
         product_threshold (Tensor): Raw threshold of the enrolled product's scores; NaN for the source's.
@@ -93,9 +93,9 @@ class RankKeepingPostProcessor(PostProcessor):
                 len(scores),
                 100 * least_rate(len(scores)),
                 100 * rate,
-                "their own scatter is extrapolated, a guess"
+                "it is extrapolated from their own scatter, a guess"
                 if math.isnan(self.spread.item())
-                else "the scatter of the source categories stands in",
+                else "it is extrapolated from their scatter and the source's",
             )
 
     def forget_product(self) -> None:

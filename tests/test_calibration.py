@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from anomalib_resad import ResAD
-from anomalib_resad.calibration import Thresholds, least_rate, normalize, pooled_spread, product_threshold
+from anomalib_resad.calibration import PRIOR, Thresholds, least_rate, normalize, pooled_spread, product_threshold
 from anomalib_resad.leave_one_out import leave_one_out
 from anomalib_resad.photos import read_photo
 from tests.conftest import TINY, cross_category, product, quiet_engine
@@ -29,15 +30,25 @@ def enroll(trained: Path, products: Path, folder: Path, **arguments: object) -> 
 
 @pytest.mark.parametrize("k", [2, 4, 8])
 @pytest.mark.parametrize("rate", [0.01, 0.1])
-def test_rate_is_kept_where_the_source_scatters_as_the_product_does(k: int, rate: float) -> None:
+def test_rate_is_kept_where_products_scatter_about_as_the_source_does(k: int, rate: float) -> None:
     """Over many products, the share of good photos above their threshold is the wished one."""
     generator = np.random.default_rng(0)
     alarms = []
-    for _ in range(3000):
-        location = generator.normal(5, 3)
-        threshold = product_threshold(generator.normal(location, 0.5, k), 0.5, rate)
-        alarms.append((generator.normal(location, 0.5, 30) > threshold).mean())
+    for _ in range(4000):
+        location, spread = generator.normal(5, 3), 0.5 * math.sqrt(PRIOR / generator.chisquare(PRIOR))
+        threshold = product_threshold(generator.normal(location, spread, k), 0.5, rate)
+        alarms.append(norm.sf(threshold, location, spread))
     assert np.mean(alarms) == pytest.approx(rate, rel=0.15)
+
+
+def test_a_product_that_scatters_more_gets_a_wider_margin() -> None:
+    """Which the source alone would not give it; one that scatters less keeps some of the source's."""
+    generator = np.random.default_rng(0)
+    wide = [norm.sf(product_threshold(generator.normal(0, 2, 8), 0.5, 0.05), 0, 2) for _ in range(500)]
+    assert np.mean(wide) < 0.15
+    assert norm.sf(0.5 * norm.isf(0.05), 0, 2) > 0.3
+    calm = product_threshold([1.0, 1.001, 0.999, 1.0], 0.5, 0.05) - 1
+    assert 0.5 < calm < 1.5
 
 
 def test_rate_is_kept_where_the_spread_is_unknown() -> None:
