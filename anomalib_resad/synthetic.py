@@ -70,7 +70,6 @@ class SyntheticDefects(Callback):
         self.share = share
         self.seed = seed
         self.cache = cache
-        self.generator = PerlinAnomalyGenerator(anomaly_source_path=None, probability=1.0)
         self.share_now = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +111,8 @@ class SyntheticDefects(Callback):
                 random.seed(seed)  # the generator draws from all three
                 np.random.seed(seed)  # noqa: NPY002
                 torch.manual_seed(seed)
-                images[index], masks[index] = paint(self.generator, images[index])
+                # A new one each time: it draws one of its settings (a threshold) when it is made.
+                generator = PerlinAnomalyGenerator(anomaly_source_path=None, probability=1.0)
+                images[index], masks[index] = paint(generator, images[index])
         batch.update(image=images, gt_mask=masks, gt_label=labels | masks.flatten(1).any(dim=1))
         pl_module.batch_versions = names  # type: ignore[assignment]
