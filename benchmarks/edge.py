@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from jsonargparse import auto_cli
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.photo_files import photo_files, read_pixels
 
 REPEATS = 7
+PATCHCORE_SIZE = (224, 224)
 
 
 def milliseconds(action: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -115,7 +117,8 @@ def _patchcore_ms(path: Path, pixels: np.ndarray, threads: int) -> dict[str, flo
 
     config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
     request = ov.Core().compile_model(path, "CPU", config).create_infer_request()
-    image = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255)
+    resized = np.asarray(Image.fromarray(pixels).resize(PATCHCORE_SIZE), dtype=np.float32)
+    image = np.ascontiguousarray(resized.transpose(2, 0, 1)[None]) / 255
     return {"patchcore_ms": milliseconds(lambda: request.infer([image]))}
 
 
@@ -158,7 +161,11 @@ def _many_products(
 
 
 def export_patchcore(backbone: str, references: Path, folder: Path) -> Path:
-    """Fit anomalib's Patchcore on the references and export it; untrained weights cost the same time."""
+    """Fit anomalib's Patchcore on the references and export it; untrained weights cost the same time.
+
+    For one photo of one size, which is resized before the clock starts: an export for any batch size would only take
+    the example's.
+    """
     from anomalib.data import Folder  # noqa: PLC0415  # PyTorch
     from anomalib.engine import Engine  # noqa: PLC0415
     from anomalib.models import Patchcore  # noqa: PLC0415
@@ -169,7 +176,7 @@ def export_patchcore(backbone: str, references: Path, folder: Path) -> Path:
     )
     engine = Engine(default_root_dir=folder, enable_progress_bar=False, limit_val_batches=0)
     engine.fit(model, datamodule=data)
-    return model.to_openvino(folder)
+    return model.to_openvino(folder, input_size=PATCHCORE_SIZE, onnx_kwargs={"dynamic_shapes": None})
 
 
 def run(
