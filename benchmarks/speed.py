@@ -119,17 +119,20 @@ def openvino_rows(backbone: str, references: Tensor, batches: Sequence[int], rep
     with TemporaryDirectory() as name:
         folder = Path(name)
         fused, noise = enrolled(backbone, "fused", references), noise_photos(folder / "noise")
-        size = {"input_size": (224, 224)}
+        size = (224, 224)
         alone = _export(fused.model.backbone, folder)
-        files: dict[str, Any] = {BACKBONE: core.read_model(alone), "fused": fused.to_openvino(folder / "fused", **size)}
+        files: dict[str, Any] = {
+            BACKBONE: core.read_model(alone),
+            "fused": fused.to_openvino(folder / "fused", input_size=size),
+        }
         # Of Patchcore, an export for any batch size would only take the size of the example.
         rival = patchcore(backbone, 0.1, references)
-        single = {"Patchcore 0.1": rival.to_openvino(folder, **size, onnx_kwargs={"dynamic_shapes": None})}
+        single = {"Patchcore 0.1": rival.to_openvino(folder, input_size=size, onnx_kwargs={"dynamic_shapes": None})}
         arrays = [torch.rand(1, 3, 224, 224).numpy() for _ in range(10)]
         quantized = {
             BACKBONE: quantize_encoder(core.read_model(alone), arrays),
             "fused": fused.to_openvino(
-                folder / "int8", **size, compression_type=CompressionType.INT8_PTQ, datamodule=noise
+                folder / "int8", input_size=size, compression_type=CompressionType.INT8_PTQ, datamodule=noise
             ),
         }
         for precision, batch in product(("f32", "bf16", "int8"), batches):
