@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The benchmarks of cost run as documented, small: speed beside the backbone, and the edge without PyTorch."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anomalib_resad.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(module: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_speed(tmp_path: Path) -> None:
+    pytest.importorskip("nncf")
+    options = ("--backbones", "[resnet18]", "--batches", "[1]", "--repeats", "1", "--threads", "1")
+    run("benchmarks.speed", "--output", str(tmp_path), *options)
+    rows = list(csv.DictReader((tmp_path / "speed.csv").open()))
+    items = {(row["runtime"], row["item"]): row for row in rows}
+    assert items.keys() >= {("torch", f"{name}: whole") for name in (*VARIANTS, "Patchcore 0.1", "Patchcore 1")}
+    for precision in ("f32", "bf16", "int8"):
+        assert float(items[f"openvino {precision}", "backbone alone"]["ratio"]) == 1
+        assert float(items[f"openvino {precision}", "fused"]["ratio"]) > 0
+    assert float(items["torch training", "fused: step, features kept"]["ms"]) > 0
+    assert float(items["torch", "fused: 64 shots"]["bank_mb"]) > 10 * float(items["torch", "fused: 4 shots"]["bank_mb"])
+    assert json.loads((tmp_path / "speed.json").read_text())["threads"] == 1
+
+
+def test_edge_without_torch(bundle: Path, products: Path, tmp_path: Path) -> None:
+    """20 products, another one at each photo: nothing leaks from one to the next."""
+    photos, output = products / "tiles", tmp_path / "device.json"
+    options = ("--threads", "1", "--predictions", "120", "--most", "6", "--output", str(output))
+    where = ("--bundle", str(bundle), "--references", str(photos / "train" / "good"), "--photos", str(photos / "test"))
+    run("benchmarks.edge", "device", *where, *options)
+    result = json.loads(output.read_text())
+    assert result["many"]["changed_scores"] == 0
+    assert result["many"]["products"] == 20
+    assert result["ratio"] > 0
+    assert [row["max_patches"] for row in result["coreset"]] == [None, 4000, 1000]
+    assert all(0 <= row["image_auroc"] <= 1 for row in result["coreset"])
