@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from anomalib_resad.variants import VARIANTS
 
@@ -35,6 +37,22 @@ def test_speed(tmp_path: Path) -> None:
     assert float(items["torch training", "fused: step, features kept"]["ms"]) > 0
     assert float(items["torch", "fused: 64 shots"]["bank_mb"]) > 10 * float(items["torch", "fused: 4 shots"]["bank_mb"])
     assert json.loads((tmp_path / "speed.json").read_text())["threads"] == 1
+
+
+def test_training_with_and_without_kept_features(products: Path, tmp_path: Path) -> None:
+    config = tmp_path / "source.yaml"
+    config.write_text(
+        f"source:\n  class_path: anomalib_resad.ProductFolder\n"
+        f"  init_args: {{root: {products}, category: 'grain, pill', num_workers: 0}}\n"
+    )
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("resnet18", pretrained=False).state_dict(), weights)
+    options = ("--epochs", "2", "--threads", "1", "--weights", str(weights))
+    run("benchmarks.training", "--config", str(config), "--output", str(tmp_path), *options)
+    rows = list(csv.DictReader((tmp_path / "training.csv").open()))
+    assert [(row["cache_gb"], row["epoch"]) for row in rows] == [("4", "0"), ("4", "1"), ("0", "0"), ("0", "1")]
+    for kept, computed in zip(rows[:2], rows[2:], strict=True):
+        assert float(kept["loss"]) == pytest.approx(float(computed["loss"]), rel=1e-2)
 
 
 def test_edge_without_torch(bundle: Path, products: Path, tmp_path: Path) -> None:
