@@ -20,7 +20,7 @@ from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInfer
 from anomalib_resad.deploy.bank import Bank, padded, thin_out
 from anomalib_resad.deploy.export import export_bundle, load_model, model_hash
 from anomalib_resad.deploy.inferencer import denormalize, normalize
-from anomalib_resad.deploy.parity import TorchReference, auroc, compare, table
+from anomalib_resad.deploy.parity import STOCK, TorchReference, auroc, compare, table
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 
 BLOCKED = ("torch", "torchvision", "anomalib", "lightning", "timm", "FrEIA", "torchmetrics", "pandas", "matplotlib")
@@ -357,7 +357,9 @@ def test_parity(trained: Path, products: Path, good: list[Path]) -> None:
     photos = sorted((products / "tiles" / "test").glob("*/*.png"))
     rows = compare(trained, good[:2], photos)["rows"]
     assert next(iter(rows)) == "torch"
-    assert {"OpenVINO FP32", "OpenVINO FP16"} < set(rows)
+    assert {"OpenVINO FP32", "OpenVINO FP16", STOCK} < set(rows)
+    assert rows[STOCK]["same_labels"] == 1
+    assert rows[STOCK]["map_correlation_min"] > 0.99
     for name, row in rows.items():
         assert row["image_auroc"] is not None
         assert row["same_labels"] > 0.7, name

@@ -3,17 +3,22 @@
 """How far each runtime and precision is from PyTorch, on photos of yours. Needs PyTorch."""
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from anomalib.deploy import OpenVINOInferencer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -36,6 +41,7 @@ COLUMNS = {
     "milliseconds": "ms/photo",
 }
 PACKAGES = ("anomalib-resad", "torch", "openvino", "nncf", "onnxruntime")
+STOCK = "anomalib's inferencer"
 
 
 class OnnxInferencer(ResADInferencer):
@@ -68,9 +74,10 @@ class TorchReference:
 
     def __init__(self, model: ResAD, references: Sequence[Path]) -> None:
         self.model = model
-        unique = {content_hash(path): path for path in references}
-        features = [self._encode(unique[digest]) for digest in sorted(unique)]
-        model.model.bank.fill([torch.cat(level) for level in zip(*features, strict=True)])
+        unique = dict(sorted({content_hash(path): path for path in references}.items()))
+        features = [self._encode(path) for path in unique.values()]
+        files = [{"name": path.name, "sha256": digest} for digest, path in unique.items()]
+        model.model.bank.fill([torch.cat(level) for level in zip(*features, strict=True)], {"files": files})
 
     def _encode(self, photo: Path) -> list[torch.Tensor]:
         with torch.no_grad():
@@ -86,6 +93,20 @@ class TorchReference:
             result = self.model.post_processor(raw)  # type: ignore[misc]
         score = float(result.pred_score)
         return Prediction(score, bool(result.pred_label), result.anomaly_map[0, 0].numpy(), float(raw.pred_score))
+
+
+def stock(model: ResAD, folder: Path) -> Callable[[Path], Prediction]:
+    """anomalib's own way: one file with the bank inside, its own inferencer, the precision that the device chooses."""
+    with redirect_stdout(StringIO()):  # the exporter's progress
+        path = model.to_openvino(folder)
+    inferencer = OpenVINOInferencer(path, device="CPU")
+
+    def predict(photo: Path) -> Prediction:
+        result: Any = inferencer.predict(str(photo))
+        score, label = (np.asarray(value).item() for value in (result.pred_score, result.pred_label))
+        return Prediction(score, bool(label), np.asarray(result.anomaly_map).squeeze(), math.nan)
+
+    return predict
 
 
 def write_onnx(model: ResAD, folder: Path) -> None:
@@ -143,6 +164,10 @@ def _row(theirs: list[Prediction], ours: list[Prediction], labels: list[bool] | 
     }
 
 
+def _predict(runtime: ResADInferencer, product: str, photo: Path) -> Prediction:
+    return runtime.predict(photo, product)
+
+
 def compare(
     checkpoint: Path,
     references: Sequence[Path],
@@ -182,9 +207,13 @@ def compare(
         status.stop()
         ours, milliseconds = _timed(TorchReference(model, references).predict, photos, "torch")
         rows["torch"] = _row(ours, ours, labels) | {"milliseconds": milliseconds}
+        predictors: dict[str, Callable[[Path], Prediction]] = {}
         for name, runtime in runtimes.items():
             runtime.enroll(product, references)
-            theirs, milliseconds = _timed(lambda photo, run=runtime: run.predict(photo, product), photos, name)  # type: ignore[misc]
+            predictors[name] = partial(_predict, runtime, product)
+        predictors[STOCK] = stock(model, Path(folder) / "stock")
+        for name, predict in predictors.items():
+            theirs, milliseconds = _timed(predict, photos, name)
             rows[name] = _row(theirs, ours, labels) | {"milliseconds": milliseconds}
     return {
         "checkpoint": checkpoint.name,
