@@ -96,7 +96,7 @@ class TorchReference:
 
 
 def stock(model: ResAD, folder: Path) -> Callable[[Path], Prediction]:
-    """anomalib's own way: one file with the bank inside, its own inferencer, the precision that the device chooses."""
+    """Anomalib's own way: one file with the bank inside, its own inferencer, the precision that the device chooses."""
     with redirect_stdout(StringIO()):  # the exporter's progress
         path = model.to_openvino(folder)
     inferencer = OpenVINOInferencer(path, device="CPU")
