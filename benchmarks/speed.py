@@ -6,8 +6,6 @@ Everything that is compared is timed in turn, so that all of it meets the same l
 figures. Weights are untrained and photos are noise: neither changes the time.
 """
 
-import csv
-import io
 import json
 import platform
 import time
@@ -20,6 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.data import Folder
 from anomalib.deploy import CompressionType
@@ -255,13 +254,8 @@ def speed(
 def write(output: Path, rows: list[Row], settings: dict[str, Any]) -> None:
     """Write what was measured so far, and with what."""
     output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
     fields = ["backbone", "runtime", "batch", "item", "ms", "ratio", "peak_mb", "bank_mb"]
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-    write_whole(output / "speed.csv", text.getvalue())
+    write_whole(output / "speed.csv", pd.DataFrame(rows, columns=fields).to_csv(index=False, float_format="%.4g"))
     about = settings | {
         "image_size": [224, 224],
         "weights": "untrained",

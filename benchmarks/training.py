@@ -6,8 +6,6 @@ Both trainings see the same images, references, synthetic defects and order; onl
 second.
 """
 
-import csv
-import io
 import json
 import time
 from importlib.metadata import version
@@ -15,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
 import torch
 from anomalib.data import AnomalibDataModule
 from jsonargparse import auto_cli
@@ -95,11 +94,7 @@ def main(
         "versions": {name: version(name) for name in PACKAGES},
     }
     output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
-    write_whole(output / "training.csv", text.getvalue())
+    write_whole(output / "training.csv", pd.DataFrame(rows).to_csv(index=False, float_format="%.6g"))
     write_whole(output / "training.json", json.dumps(about, indent=2) + "\n")
     table = Table(*rows[0], "epochs / minute")
     for row in rows:
