@@ -38,7 +38,8 @@ def test_pictures_are_there() -> None:
 
 def test_parity_figures() -> None:
     path = "benchmarks/results/edge/parity.json"
-    rows = json.loads((ROOT / path).read_text())["rows"]
+    parity = json.loads((ROOT / path).read_text())
+    rows = parity["rows"]
     sentence = " ".join(README[README.index("Exported (ResNet-18") :].split("\n\n")[0].split())
     for name, keys in {
         "ONNX": ("score_max",),
@@ -48,5 +49,6 @@ def test_parity_figures() -> None:
     }.items():
         for key in keys:
             assert f"{rows[name][key]:.1g}" in sentence, (name, key)
-        assert rows[name]["same_labels"] == 1 or name == "OpenVINO INT8"
+        changed = round((1 - rows[name]["same_labels"]) * len(parity["photos"]))
+        assert changed == 0 or (changed == 1 and f"one label of {len(parity['photos'])}" in sentence), name
     assert path in sentence
