@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.utils import LabelName
-from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -16,59 +15,19 @@ from torch import Tensor
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_resad.datamodule import category_name
+from anomalib_resad.enrollment import Rotations, check_rotations
 from anomalib_resad.feature_cache import FeatureCache
 from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.photos import content_hash, draw, draw_references, list_photos, read_photo, seeded
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.reference_bank import to_rows
+from anomalib_resad.references import ReferencePools, encode_photo, reference_rows
 
 if TYPE_CHECKING:
     from anomalib_resad.lightning_model import ResAD
 
-WHOLE = "data"  # category of datamodules that have only one
 # Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
 KEY_PHOTOS = 64
-
-
-class ReferencePools:
-    """Good images of each category, and the category of each image.
-
-    Args:
-        *datasets (AnomalibDataset): Data sets; the first gives the good images.
-    """
-
-    def __init__(self, *datasets: AnomalibDataset) -> None:
-        self.category_of: dict[str, str] = {}
-        for dataset in datasets:
-            samples = dataset.samples
-            categories = samples.category if "category" in samples else [WHOLE] * len(samples)
-            self.category_of.update(zip(samples.image_path, categories, strict=True))
-        train = datasets[0].samples
-        good = train.image_path[train.label_index == LabelName.NORMAL]
-        self.good: dict[str, list[str]] = {}
-        for path in good:
-            self.good.setdefault(self.category_of[path], []).append(path)
-
-    def draw(self, path: str, k_shot: int, *keys: int | str) -> list[str]:
-        """Draw references for an image from its own category: never itself, without replacement.
-
-        Args:
-            path (str): The image.
-            k_shot (int): How many.
-            *keys (int | str): What the draw depends on.
-
-        Raises:
-            ValueError: If the category has too few other good images.
-        """
-        category = self.category_of[path]
-        others = [other for other in self.good.get(category, []) if other != path]
-        if len(others) < k_shot:
-            msg = (
-                f"k_shot={k_shot}, but {category} has {len(others)} good training images beside {path}. "
-                "Add good images, leave the category out, or pass a smaller k_shot."
-            )
-            raise ValueError(msg)
-        return draw(others, k_shot, seeded(*keys))
 
 
 def augments(dataset: AnomalibDataset) -> bool:
@@ -97,6 +56,7 @@ class FewShotReferences(Callback):
         cache_gb (float): Most memory for features of source images during training, in GB.
         false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
             references alone; ``None`` leaves the threshold as it is stored.
+        rotations (Rotations): Turns of each enrolled photo, or ``"auto"``.
     """
 
     def __init__(
@@ -106,28 +66,24 @@ class FewShotReferences(Callback):
         seed: int = 0,
         cache_gb: float = 2.0,
         false_alarm_rate: float | None = None,
+        rotations: Rotations = 1,
     ) -> None:
+        check_rotations(rotations)
+        self.rotations: Rotations = rotations
         self.false_alarm_rate = false_alarm_rate
         self.k_shot = k_shot
         self.references = references
         self.seed = seed
         self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
+        self._held_out: dict[str, list[Tensor]] = {}  # rows by source category
         self._augments = False
-
-    def _features(self, pl_module: "ResAD", path: str) -> list[Tensor]:
-        """Features of one photo, one map ``(1, C_l, H_l, W_l)`` per level."""
-        photo = read_photo(path).unsqueeze(0)
-        pre_processor = pl_module.pre_processor
-        if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
-            photo = pre_processor.transform(photo)
-        return pl_module.model.encode(photo.to(pl_module.device))
 
     def _photo(self, pl_module: "ResAD", path: str) -> list[Tensor]:
         """Features of a source photo, ``(C_l, H_l, W_l)`` per level, kept if there is room."""
         features = self.cache.get(path)
         if features is None:
-            features = [level[0] for level in self._features(pl_module, path)]
+            features = [level[0] for level in encode_photo(pl_module.model, pl_module.pre_processor, read_photo(path))]
             self.cache.put(path, features)
         return features
 
@@ -171,11 +127,16 @@ class FewShotReferences(Callback):
             "seed": self.seed,
             "files": [{"name": Path(path).name, "sha256": content_hash(path)} for path in chosen],
         }
+        if self.rotations != "auto":
+            record["rotations"] = self.rotations
         if not record.items() <= bank.record.items():
-            features = [self._features(pl_module, path) for path in chosen]
-            bank.fill([torch.cat(level) for level in zip(*features, strict=True)], record)
+            rows, turns = reference_rows(pl_module.model, pl_module.pre_processor, chosen, self.rotations)
+            bank.store(rows, record | {"rotations": turns})
             count = f"{len(chosen)} of {len(photos)} good photos of {where}"
             rank_zero_info(f"Enrolled {count} (seed {self.seed}): {_names(record)}")
+            if turns > 1:
+                why = "They lie turned, so each" if self.rotations == "auto" else "Each"
+                rank_zero_info(f"{why} was enrolled {turns} ways round (rotations={self.rotations!r}).")
             if isinstance(pl_module.post_processor, RankKeepingPostProcessor):
                 pl_module.post_processor.forget_product()
 
@@ -203,9 +164,9 @@ class FewShotReferences(Callback):
         return category_name(getattr(datamodule, "target", None) or datamodule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enroll the target early: the backbone is frozen, and each checkpoint then holds the bank."""
-        self.enroll(trainer, pl_module)  # type: ignore[arg-type]
+        """Enroll the target, where that is all there is to do."""
         if not pl_module.is_trainable:
+            self.enroll(trainer, pl_module)  # type: ignore[arg-type]
             self.calibrate(pl_module)  # type: ignore[arg-type]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -226,13 +187,18 @@ class FewShotReferences(Callback):
     # -- source images, each with references of its own ---------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up which good images each category has, and learn the keys from some of them."""
+        """Look up which good images each category has, learn the keys from some of them, and enroll the target.
+
+        Each checkpoint then holds the bank: the backbone is frozen, and the keys do not change any more.
+        """
         datamodule = getattr(trainer, "datamodule", None)
         train = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         held_out = [datamodule.val_data] if datamodule is not None and self._validates_on_source(trainer) else []
         self._pools = ReferencePools(train, *held_out)
         self._augments = augments(train)
         self._learn_keys(pl_module)  # type: ignore[arg-type]
+        if pl_module.is_trainable:
+            self.enroll(trainer, pl_module)  # type: ignore[arg-type]
 
     def _learn_keys(self, pl_module: "ResAD") -> None:
         """Once, before the first step, and in every process alike."""
@@ -246,7 +212,8 @@ class FewShotReferences(Callback):
         paths = [path for category in drawn for path in category]
         rank_zero_info(f"Learning what to match by, from {len(paths)} good photos of {len(good)} source categories.")
         with torch.no_grad():
-            join.learn(self._features(pl_module, path)[0] for path in paths)
+            pl_module.model.bank.record = {}  # what was enrolled has other keys
+            join.learn(encode_photo(pl_module.model, pl_module.pre_processor, read_photo(path))[0] for path in paths)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: ImageBatch, batch_idx: int
@@ -293,6 +260,8 @@ class FewShotReferences(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target where validation is not about source images."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._held_out.clear()
         if not self._validates_on_source(trainer):
             self.enroll(trainer, pl_module)  # type: ignore[arg-type]
 
@@ -313,12 +282,13 @@ class FewShotReferences(Callback):
         assert batch.image_path is not None
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         pools = self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)
-        banks: dict[str, list[Tensor]] = {}
         for path in batch.image_path:
             category = pools.category_of[path]
-            if category not in banks:
-                banks[category] = self._rows(model, pools.draw(path, self.k_shot, self.seed, category))
-        model.batch_references = [banks[pools.category_of[path]] for path in batch.image_path]
+            if category not in self._held_out:
+                drawn = sorted(pools.draw(path, self.k_shot, self.seed, category))
+                rows, _ = reference_rows(model.model, model.pre_processor, drawn, self.rotations)
+                self._held_out[category] = [level.to(model.device) for level in rows]
+        model.batch_references = [self._held_out[pools.category_of[path]] for path in batch.image_path]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:  # noqa: ANN401
         """Drop the references of the batch."""
@@ -334,3 +304,4 @@ class FewShotReferences(Callback):
         """Free the features of source images."""
         del trainer, pl_module
         self.cache.clear()
+        self._held_out.clear()

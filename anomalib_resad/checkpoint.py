@@ -11,6 +11,7 @@ import torch
 from anomalib.pre_processing import PreProcessor
 from torch import Tensor
 
+from anomalib_resad.enrollment import Rotations
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.safe_load import load_weights_only
 from anomalib_resad.torch_model import ResADModel
@@ -49,7 +50,7 @@ class TrainedResAD:
     """What a checkpoint gives.
 
     Attributes:
-        settings (dict[str, Any]): The architecture's hyperparameters, and the variant's name.
+        settings (dict[str, Any]): The architecture's hyperparameters, the variant's name, and how photos are turned.
         model (dict[str, Any]): State dict of the torch model.
         post_processor (dict[str, Any]): State dict of the post-processor: threshold and range.
         pre_processor (dict[str, Any] | None): Configuration of the pre-processor.
@@ -62,9 +63,12 @@ class TrainedResAD:
 
 
 def architecture(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a checkpoint's model was built with, and its variant's name; empty if it holds none."""
-    found = {key: hyper_parameters[key] for key in ("variant", *ARCHITECTURE) if key in hyper_parameters}
-    return EARLIER | found if found else {}
+    """What a checkpoint's model was built with, its variant, and how photos are turned; empty if it holds none."""
+    found = {key: hyper_parameters[key] for key in ("variant", *ARCHITECTURE, "rotations") if key in hyper_parameters}
+    if not found:
+        return {}
+    settings = EARLIER | found
+    return {"rotations": VARIANTS[settings["variant"]]["rotations"]} | settings
 
 
 def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
@@ -147,14 +151,18 @@ class CheckpointMixin(_Module):
             weights=self.hparams["weights"],
         )
 
-    def _start_from(self, path: Path, estimator: str | None, own_pre_processor: bool) -> None:
-        """Take architecture, weights, threshold, bank and, unless one was given, pre-processor from a trained ResAD.
+    def _start_from(
+        self, path: Path, estimator: str | None, rotations: Rotations | None, own_pre_processor: bool
+    ) -> None:
+        """Take architecture, weights, threshold, bank, and what was not given of the rest from a trained ResAD.
 
         Raises:
             ValueError: If the checkpoint cannot be used.
             FileNotFoundError: If there is no such file.
         """
         trained = read_trained(path, estimator)
+        if rotations is not None:
+            trained.settings["rotations"] = rotations
         taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
         if taken:
             logger.info("Settings taken from %s: %s.", path, taken)

@@ -17,6 +17,7 @@ from rich.table import Table
 from anomalib_resad.deploy.bundle import write_whole
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.enrollment import Rotations
 from anomalib_resad.photo_files import PhotoError, photo_files, read_pixels
 
 console = Console()
@@ -78,6 +79,7 @@ def enroll(
     max_patches: int | None = None,
     threshold: float | None = None,
     mode: Literal["new", "add", "replace"] = "new",
+    rotations: Rotations | None = None,
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -89,14 +91,19 @@ def enroll(
         max_patches: Most rows of a level; by default all are kept.
         threshold: The product's own threshold, on the scale of the raw score.
         mode: What to do: a new product, more photos for one, or one instead of another.
+        rotations: How many ways round each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the photos
+            lie turned to each other. By default what the model was made with. Photos that are added follow the others.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    if mode == "add":
-        bank = inferencer.add(product, photos)
-    else:
-        bank = inferencer.enroll(product, photos, threshold, max_patches, replace_existing=mode == "replace")
+    with Console(stderr=True).status("Enrolling"):
+        if mode == "add":
+            bank = inferencer.add(product, photos)
+        else:
+            bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations)
     names = ", ".join(reference.name for reference in bank.references)
-    console.print(f"{escape(product)}: {len(bank.references)} photos, {bank.size / 1e6:.1f} MB ({escape(names)}).")
+    turns = f", {bank.rotations} ways round" if bank.rotations > 1 else ""
+    count = f"{len(bank.references)} photos{turns}"
+    console.print(f"{escape(product)}: {count}, {bank.size / 1e6:.1f} MB ({escape(names)}).")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:

@@ -37,6 +37,7 @@ from anomalib_resad.callback import FewShotReferences
 from anomalib_resad.checkpoint import CheckpointMixin
 from anomalib_resad.constraintor import ConstraintorKind
 from anomalib_resad.distributed import average_batch_norms
+from anomalib_resad.enrollment import Rotations, check_rotations
 from anomalib_resad.epoch_seeds import EpochSeeds
 from anomalib_resad.exporting import ExportMixin
 from anomalib_resad.loss import OneClass, PushPull
@@ -101,6 +102,9 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
             both, which match each level by itself.
         synthetic (float | None): Share of good training images that get a painted defect, 0.5 in the default, 0 in
             both. Where there are no real defects, half of the images get one in any case.
+        rotations (Rotations | None): Turns of each reference photo that the bank knows: 8 for every 45 degrees, 1 for
+            none, as in both. ``"auto"``, the default's, turns them where they lie turned to each other, so that the
+            orientation cannot be a defect; one photo alone is left as it is. A checkpoint's where one is given.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
         lr (float | None): Learning rate of Adam, 3e-4 in the default, 1e-5 in both; x 0.1 after 70 % and 90 % of the
@@ -146,6 +150,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         estimator: Estimator | None = None,
         projection: int | None = None,
         synthetic: float | None = None,
+        rotations: Rotations | None = None,
         sigma: float = 4.0,
         push_pull_weight: float = 1.0,
         lr: float | None = None,
@@ -161,6 +166,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
     ) -> None:
         if false_alarm_rate is not None:
             check_rate(false_alarm_rate)
+        check_rotations(1 if rotations is None else rotations)
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
@@ -173,7 +179,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         if checkpoint is None:
             self.model = self._build()
         else:
-            self._start_from(Path(checkpoint), estimator, own_pre_processor)
+            self._start_from(Path(checkpoint), estimator, rotations, own_pre_processor)
         self.is_trainable = checkpoint is None and self.hparams["estimator"] != "distance"
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
@@ -221,6 +227,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
             self.hparams["reference_seed"],
             cache_gb=self.hparams["cache_gb"],
             false_alarm_rate=self.hparams["false_alarm_rate"],
+            rotations=self.hparams["rotations"],
         )
         defects = SyntheticDefects(self.hparams["synthetic"], self.hparams["reference_seed"], references.cache)
         return [EpochSeeds(), defects, *components[:1], references, *components[1:]]

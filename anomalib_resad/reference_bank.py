@@ -117,8 +117,8 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         keyed (bool): Whether the last level holds the keys by which the first ones are searched.
 
     Attributes:
-        record (dict[str, Any]): Where the rows come from: ``category``, ``origin``, ``k_shot``, ``seed`` and ``files``
-            (names and content hashes).
+        record (dict[str, Any]): Where the rows come from: ``category``, ``origin``, ``k_shot``, ``seed``, ``files``
+            (names and content hashes) and ``rotations`` (turns of each photo).
     """
 
     def __init__(self, channels: Sequence[int], metric: Metric = "l2", keyed: bool = False) -> None:
@@ -163,12 +163,20 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
 
         Args:
             features (Sequence[Tensor]): One feature map per level, shape ``(K, C_l, H_l, W_l)``.
+            record (dict[str, Any] | None): As of :meth:`store`, which has the errors too.
+        """
+        self.store([to_rows(level) for level in features], record)
+
+    def store(self, rows: Sequence[Tensor], record: dict[str, Any] | None = None) -> None:
+        """Replace the bank by other rows.
+
+        Args:
+            rows (Sequence[Tensor]): Rows of each level, shape ``(N_l, C_l)``, photo after photo.
             record (dict[str, Any] | None): Plain data about the photos, kept and saved beside the rows.
 
         Raises:
             ValueError: If there is no photo, a level has other channels, or a feature is not finite.
         """
-        rows = [to_rows(level) for level in features]
         shapes = [tuple(level.shape) for level in rows]
         if tuple(shape[1] for shape in shapes) != self._channels or any(shape[0] == 0 for shape in shapes):
             msg = f"The bank takes levels of {self._channels} channels and at least one photo, got rows {shapes}."

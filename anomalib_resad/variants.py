@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 Variant = Literal["fused", "resad", "resad++"]
 
-# Settings of the training, not of the model that it makes.
-TRAINING = ("lr", "synthetic", "warmup")
+# Settings of training and enrollment, not of the model between them.
+TRAINING = ("lr", "synthetic", "warmup", "rotations")
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fused": {
@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": False,
         "push_pull": "hinge",
         "warmup": 0.0,
+        "rotations": "auto",
         "lr": 3e-4,
     },
     "resad": {
@@ -50,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": False,
         "push_pull": "hinge",
         "warmup": 0.0,
+        "rotations": 1,
         "lr": 1e-5,
     },
     "resad++": {
@@ -67,6 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "abnormal_gaussian": True,
         "push_pull": "log_barrier",
         "warmup": 0.1,
+        "rotations": 1,
         "lr": 1e-5,
     },
 }

@@ -115,22 +115,23 @@ def openvino_rows(backbone: str, references: Tensor, batches: Sequence[int], rep
 
     core = ov.Core()
     rows: list[Row] = []
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        fused, noise = enrolled(backbone, "fused", references), noise_photos(folder / "noise")
-        size = (224, 224)
-        alone = _export(fused.model.backbone, folder)
-        files: dict[str, Any] = {
-            BACKBONE: core.read_model(alone),
-            "fused": fused.to_openvino(folder / "fused", input_size=size),
-        }
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        models = {variant: enrolled(backbone, variant, references) for variant in VARIANTS}
+        rivals = {f"Patchcore {ratio:g}": patchcore(backbone, ratio, references) for ratio in (0.1, 1.0)}
+        noise, size = noise_photos(folder / "noise"), (224, 224)
+        alone = _export(models["fused"].model.backbone, folder)
+        files: dict[str, Any] = {BACKBONE: core.read_model(alone)}
+        files |= {name: model.to_openvino(folder / name, input_size=size) for name, model in models.items()}
         # Of Patchcore, an export for any batch size would only take the size of the example.
-        rival = patchcore(backbone, 0.1, references)
-        single = {"Patchcore 0.1": rival.to_openvino(folder, input_size=size, onnx_kwargs={"dynamic_shapes": None})}
+        single = {
+            name: model.to_openvino(folder / name, input_size=size, onnx_kwargs={"dynamic_shapes": None})
+            for name, model in rivals.items()
+        }
         arrays = [torch.rand(1, 3, 224, 224).numpy() for _ in range(10)]
         quantized = {
             BACKBONE: quantize_encoder(core.read_model(alone), arrays),
-            "fused": fused.to_openvino(
+            "fused": models["fused"].to_openvino(
                 folder / "int8", input_size=size, compression_type=CompressionType.INT8_PTQ, datamodule=noise
             ),
         }

@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInferencer
-from anomalib_resad.deploy.bank import Bank, padded, thin_out
+from anomalib_resad.deploy.bank import Bank, padded
 from anomalib_resad.deploy.export import export_bundle, load_model, model_hash
 from anomalib_resad.deploy.inferencer import denormalize, normalize
 from anomalib_resad.deploy.parity import STOCK, TorchReference, auroc, compare, table
+from anomalib_resad.enrollment import thin_out
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 
 BLOCKED = ("torch", "torchvision", "anomalib", "lightning", "timm", "FrEIA", "torchmetrics", "pandas", "matplotlib")
@@ -296,8 +297,9 @@ def test_the_default_model(trained_default: Path, good: list[Path], new: list[Pa
         assert theirs.raw_score == pytest.approx(ours.raw_score, rel=1e-4)
         assert theirs.label == ours.label
         np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
+    assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of turned copies"
     whole = inferencer.bank("tiles").arrays
-    assert [len(rows) for rows in whole.values()] == [192, 192]
+    assert [len(rows) for rows in whole.values()] == [288, 288]
     thin = inferencer.enroll("thin", good[:3], max_patches=50).arrays
     assert [len(rows) for rows in thin.values()] == [50, 50]
     for row, key in zip(thin["rows_0"], thin["rows_1"], strict=True):

@@ -332,13 +332,24 @@ def test_kept_features_change_the_cost_and_nothing_else(products: Path, tmp_path
     computed, other, more_runs = fit(products, tmp_path / "computed", cache_gb=0.0)
     assert watch.kept[-1] > 0 == other.kept[-1]
     good, defective, painted, keys = 2 * 9, 2 * 3, 2 * 9, 2 * 9  # of two source products, less what is held out
-    most = good + defective + painted + keys + len("target")
+    most = good + defective + painted + keys + 8 * kept.hparams["k_shot"]  # target, perhaps turned
     assert runs <= most < more_runs, "each picture needs the backbone once, and once for the keys"
     assert watch.versions == other.versions
     losses = [[value for value in one.losses if value == value] for one in (watch, other)]  # noqa: PLR0124  # NaN
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for name, value in kept.model.head.state_dict().items():  # type: ignore[union-attr]
         torch.testing.assert_close(value, computed.model.head.state_dict()[name], rtol=1e-2, atol=1e-3, msg=name)  # type: ignore[union-attr]
+
+
+def test_the_target_is_enrolled_with_the_keys_that_were_learned(trained_default: Path) -> None:
+    """Not with those that the training began with."""
+    model = ResAD.load_from_checkpoint(trained_default).model
+    values, keys = model.bank.levels
+    assert model.join is not None
+    assert model.join.learned
+    torch.testing.assert_close(
+        nn.functional.normalize(values @ model.join.directions.T, dim=1), keys, rtol=0, atol=1e-5
+    )
 
 
 def test_augmented_images_are_not_kept() -> None:

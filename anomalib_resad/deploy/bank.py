@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from anomalib_resad.deploy.bundle import Manifest, write_whole
+from anomalib_resad.enrollment import rows_of
 
-FORMAT = "resad-bank-1"
+FORMAT = "resad-bank-2"
 SUFFIX = ".safetensors"
 
 
@@ -39,9 +40,10 @@ class Bank:
         encoder (str): What made the features (:attr:`Manifest.encoder`).
         references (tuple[Reference, ...]): The photos, ordered by content.
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
-            references one after the other.
+            references one after the other, each with those of its turned copies.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level, if the bank was thinned out.
+        rotations (int): Turns of each photo; 1 for photos as they are.
     """
 
     product: str
@@ -50,6 +52,7 @@ class Bank:
     arrays: dict[str, np.ndarray]
     threshold: float | None = None
     max_patches: int | None = None
+    rotations: int = 1
 
     @property
     def size(self) -> int:
@@ -80,6 +83,7 @@ class Bank:
             "references": json.dumps([[each.name, each.sha256] for each in self.references]),
             "threshold": json.dumps(self.threshold),
             "max_patches": json.dumps(self.max_patches),
+            "rotations": json.dumps(self.rotations),
         }
 
 
@@ -131,6 +135,7 @@ def read_bank(path: Path, manifest: Manifest) -> Bank:
             arrays=arrays,
             threshold=json.loads(metadata["threshold"]),
             max_patches=json.loads(metadata["max_patches"]),
+            rotations=json.loads(metadata["rotations"]),
         )
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         msg = f"{path} is truncated or no bank ({error}). Copy it again, or enroll the product again."
@@ -153,7 +158,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         raise BankError(msg)
     for number, level in enumerate(manifest.levels):
         rows = bank.arrays.get(f"rows_{number}")
-        expected = len(bank.references) * level.patches
+        expected = len(bank.references) * rows_of(level.patches, bank.rotations)
         expected = min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
             found = None if rows is None else f"{rows.dtype} {rows.shape}"
@@ -167,34 +172,6 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
 def _short(encoder: str) -> str:
     model, _, precision = encoder.partition("/")
     return f"{model[:12]}, {precision}"
-
-
-def thin_out(rows: np.ndarray, most: int) -> np.ndarray:
-    """Choose rows that cover the others (greedy k-center, as Patchcore's coreset).
-
-    Deterministic: it starts from the row that is farthest from the mean, and of equal distances takes the first.
-
-    Args:
-        rows (np.ndarray): Rows, shape ``(N, C)``.
-        most (int): How many to keep.
-
-    Returns:
-        np.ndarray: Their indices in ascending order, shape ``(min(N, most),)``.
-    """
-    if len(rows) <= most:
-        return np.arange(len(rows))
-    squares = np.square(rows).sum(axis=1)
-
-    def distances(center: np.ndarray) -> np.ndarray:
-        return squares - 2 * (rows @ center) + center @ center
-
-    chosen = [int(distances(rows.mean(axis=0)).argmax())]
-    nearest = distances(rows[chosen[0]])
-    while len(chosen) < most:
-        nearest[chosen[-1]] = -np.inf
-        chosen.append(int(nearest.argmax()))
-        np.minimum(nearest, distances(rows[chosen[-1]]), out=nearest)
-    return np.sort(chosen)
 
 
 def padded(rows: np.ndarray, multiple: int) -> np.ndarray:

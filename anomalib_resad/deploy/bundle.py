@@ -16,6 +16,7 @@ from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any, Literal
 
+from anomalib_resad.enrollment import Rotations
 from anomalib_resad.photo_files import content_hash
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -68,6 +69,7 @@ class Manifest:
         image_size (tuple[int, int]): Height and width of the maps.
         levels (tuple[Level, ...]): The levels of the features.
         keyed (bool): Whether the last level holds keys to the rows of the others.
+        rotations (Rotations): Turns of each photo that is enrolled, unless another number is asked for.
         row_multiple (int): The detector takes a bank whose rows are a multiple of this.
         score (Scale): Normalization of the score.
         map (Scale): Normalization of the map.
@@ -82,6 +84,7 @@ class Manifest:
     image_size: tuple[int, int]
     levels: tuple[Level, ...]
     keyed: bool
+    rotations: Rotations
     row_multiple: int
     score: Scale
     map: Scale

@@ -224,6 +224,7 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         image_size=(height, width),
         levels=levels,
         keyed=model.model.bank.keyed,
+        rotations=model.hparams["rotations"],
         row_multiple=GROUP,
         score=_scale(post.image_threshold, post.image_min, post.image_max),
         map=_scale(post.pixel_threshold, post.pixel_min, post.pixel_max),

@@ -21,9 +21,9 @@ from anomalib_resad.deploy.bank import (
     check_bank,
     padded,
     read_bank,
-    thin_out,
 )
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Scale, read_manifest
+from anomalib_resad.enrollment import Rotations, enrolled_rows, thin_out
 from anomalib_resad.photo_files import Photo, PhotoError, photo_files, photo_identity, read_pixels
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
@@ -66,6 +66,12 @@ def denormalize(value: float, scale: Scale) -> float:
     center, width = _center_and_width(scale)
     v = 2 * value - 1
     return center + v / (1 - abs(v)) * width / 2
+
+
+def _by_content(references: Iterable[Reference]) -> tuple[Reference, ...]:
+    """Order photos by content; of identical ones, the first name is kept."""
+    unique = {each.sha256: each for each in sorted(references, key=lambda each: each.name, reverse=True)}
+    return tuple(unique[digest] for digest in sorted(unique))
 
 
 class ResADInferencer:
@@ -120,6 +126,7 @@ class ResADInferencer:
         threshold: float | None = None,
         max_patches: int | None = None,
         replace_existing: bool = False,
+        rotations: Rotations | None = None,
     ) -> Bank:
         """Learn a product from good photos.
 
@@ -132,6 +139,8 @@ class ResADInferencer:
             threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
             max_patches (int | None): Most rows of a level; ``None`` keeps them all.
             replace_existing (bool): Replace the product if it is enrolled already.
+            rotations (Rotations | None): Turns of each photo: 1 for photos as they are, 8 for every 45 degrees,
+                ``"auto"`` for 8 where the photos lie turned to each other; ``None`` for the model's.
 
         Raises:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
@@ -144,22 +153,23 @@ class ResADInferencer:
         if max_patches is not None and max_patches < 1:
             msg = f"max_patches={max_patches} must be at least 1, or None."
             raise ValueError(msg)
-        features = self._features_of(photos)
+        features, turns = self._features_of(photos, self.manifest.rotations if rotations is None else rotations)
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        return self._write(self._bank_of(name, features, threshold, max_patches), path)
+        return self._write(self._bank_of(name, features, turns, threshold, max_patches), path)
 
     def add(self, name: str, photos: Photos) -> Bank:
-        """Add good photos to a product; the bank is then as if all had been enrolled at once.
+        """Add good photos to a product; the bank is then as if all had been enrolled at once, with as many turns.
 
         Raises:
             ValueError: If the product is not enrolled, or its bank was thinned out.
             PhotoError: If a photo cannot be used.
         """
         bank = self._whole_bank(name)
-        features = self._rows_of(bank) | self._features_of(photos)
-        return self._write(self._bank_of(name, features, bank.threshold, None), bank_file(self.banks, name))
+        features = self._rows_of(bank) | self._features_of(photos, bank.rotations)[0]
+        bank = self._bank_of(name, features, bank.rotations, bank.threshold, None)
+        return self._write(bank, bank_file(self.banks, name))
 
     def remove(self, name: str, photo: str | None = None) -> None:
         """Remove a product, or one of its photos by name.
@@ -179,7 +189,7 @@ class ResADInferencer:
             names = ", ".join(reference.name for reference in bank.references)
             msg = f"{photo!r} is not one of several photos of {name!r} ({names}). Nothing was changed."
             raise ValueError(msg)
-        self._write(self._bank_of(name, kept, bank.threshold, None), path)
+        self._write(self._bank_of(name, kept, bank.rotations, bank.threshold, None), path)
 
     def set_threshold(self, name: str, threshold: float | None) -> Bank:
         """Give a product its own threshold of the raw score, or with ``None`` the model's again."""
@@ -226,17 +236,19 @@ class ResADInferencer:
             raise ValueError(msg)
         return bank
 
-    def _features_of(self, photos: Photos) -> dict[Reference, list[np.ndarray]]:
-        """Rows of each photo and level, shape ``(H_l * W_l, C_l)``."""
+    def _features_of(self, photos: Photos, rotations: Rotations) -> tuple[dict[Reference, list[np.ndarray]], int]:
+        """What a bank keeps of each photo, shape ``(N_l, C_l)`` per level, and how many ways round."""
         listed: Sequence[Photo] = photo_files(photos) if isinstance(photos, str | Path) else list(photos)
-        pixels = [read_pixels(photo) for photo in listed]  # all of them, before anything is computed
-        rows = {}
-        for photo, array in zip(listed, pixels, strict=True):
-            features = self.encode(array[None])
-            rows[Reference(*photo_identity(photo))] = [
-                np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features
-            ]
-        return rows
+        read = [read_pixels(photo) for photo in listed]  # all of them, before anything is computed
+        pixels = {Reference(*photo_identity(photo)): array for photo, array in zip(listed, read, strict=True)}
+        references = _by_content(pixels)
+        chosen = [pixels[reference] for reference in references]
+        rows, turns = enrolled_rows(chosen, self._encode_rows, self.manifest.keyed, rotations)
+        return dict(zip(references, rows, strict=True)), turns
+
+    def _encode_rows(self, pixels: np.ndarray) -> list[np.ndarray]:
+        features = self.encode(pixels[None])
+        return [np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features]
 
     def _rows_of(self, bank: Bank) -> dict[Reference, list[np.ndarray]]:
         count = len(bank.references)
@@ -247,13 +259,11 @@ class ResADInferencer:
         self,
         name: str,
         features: dict[Reference, list[np.ndarray]],
+        rotations: int,
         threshold: float | None,
         max_patches: int | None,
     ) -> Bank:
-        unique = {
-            reference.sha256: reference for reference in sorted(features, key=lambda each: each.name, reverse=True)
-        }
-        references = tuple(unique[digest] for digest in sorted(unique))
+        references = _by_content(features)
         levels = range(len(self.manifest.levels))
         rows = [np.concatenate([features[reference][level] for reference in references]) for level in levels]
         if max_patches is not None:
@@ -261,7 +271,7 @@ class ResADInferencer:
             kept = [thin_out(level, max_patches) for level in (rows[-1:] * len(rows) if self.manifest.keyed else rows)]
             rows = [level[chosen] for level, chosen in zip(rows, kept, strict=True)]
         arrays = {f"rows_{level}": values for level, values in enumerate(rows)}
-        bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches)
+        bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches, rotations=rotations)
         return bank.with_threshold(threshold)
 
     def _write(self, bank: Bank, path: Path) -> Bank:

@@ -29,6 +29,7 @@ from anomalib_resad.deploy.inferencer import Prediction, ResADInferencer
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.photo_files import content_hash, photo_files
 from anomalib_resad.photos import read_photo
+from anomalib_resad.references import reference_rows
 
 COLUMNS = {
     "score_max": "score max",
@@ -75,13 +76,9 @@ class TorchReference:
     def __init__(self, model: ResAD, references: Sequence[Path]) -> None:
         self.model = model
         unique = dict(sorted({content_hash(path): path for path in references}.items()))
-        features = [self._encode(path) for path in unique.values()]
+        rows, _ = reference_rows(model.model, model.pre_processor, list(unique.values()), model.hparams["rotations"])
         files = [{"name": path.name, "sha256": digest} for digest, path in unique.items()]
-        model.model.bank.fill([torch.cat(level) for level in zip(*features, strict=True)], {"files": files})
-
-    def _encode(self, photo: Path) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return self.model.model.encode(self._image(photo))
+        model.model.bank.store(rows, {"files": files})
 
     def _image(self, photo: Path) -> torch.Tensor:
         return self.model.pre_processor.transform(read_photo(photo)[None])  # type: ignore[union-attr, operator]

@@ -59,6 +59,8 @@ class Page:
             known = name in self.inferencer.products
             bank = (self.inferencer.add if known else self.inferencer.enroll)(name, list(files))
         done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
+        if bank.rotations > 1:
+            done += f" Each photo is known {bank.rotations} ways round."
         return f"{done} It takes {bank.size / 1e6:.1f} MB.", self.products(), self.choices(name), None
 
     def remove(self, name: str) -> tuple[Any, ...]:

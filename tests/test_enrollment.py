@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Turned products: what turning does, when it is done by itself, what is kept of it, and that both runtimes agree."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from anomalib_resad import ResAD
+from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad.deploy.export import export_bundle
+from anomalib_resad.enrollment import check_rotations, enrolled_rows, lie_turned, rows_of, thin_out, turned
+from anomalib_resad.leave_one_out import leave_one_out
+from anomalib_resad.photos import read_photo
+from anomalib_resad.references import encode_photo, reference_rows
+from tests.conftest import product, quiet_engine
+from tests.test_edge import resad
+
+SIDE = 64
+
+
+def part(degrees: float) -> np.ndarray:
+    """A key-shaped part on a plain ground, turned."""
+    image = Image.new("RGB", (SIDE, SIDE), (90, 90, 90))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((10, 28, 54, 34), fill=(220, 200, 40))
+    draw.rectangle((44, 34, 54, 46), fill=(60, 160, 220))
+    draw.ellipse((6, 20, 22, 42), fill=(200, 60, 60))
+    return np.asarray(image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=(90, 90, 90)))
+
+
+def patches(pixels: np.ndarray) -> list[np.ndarray]:
+    """Patches of 8 x 8 pixels as they are, and the same again as keys."""
+    height, width = (side // 8 * 8 for side in pixels.shape[:2])
+    grid = pixels[:height, :width].reshape(height // 8, 8, width // 8, 8, 3).swapaxes(1, 2)
+    rows = grid.reshape(-1, 8 * 8 * 3).astype(np.float32)
+    return [rows, rows - 127.5]
+
+
+def test_turning_keeps_the_size_and_goes_counterclockwise() -> None:
+    photo = part(0)
+    assert np.array_equal(turned(photo, 0), photo)
+    for angle in (90, 180, 270):
+        assert np.array_equal(turned(photo, angle), np.rot90(photo, angle // 90))
+    inside = np.hypot(*(np.indices((SIDE, SIDE)) - (SIDE - 1) / 2)) < SIDE / 2 - 2
+    difference = turned(photo, 30)[inside].astype(float) - part(30)[inside]
+    assert np.abs(difference).mean() < 1
+    for shape in ((40, 200, 3), (200, 40, 3), (9, 8, 3)):
+        wide = np.random.default_rng(0).integers(100, 200, shape, dtype=np.uint8)
+        for angle in (45, 90):
+            found = turned(wide, angle)
+            assert found.shape == shape
+            assert found.min() >= 100, "corners show the photo's mirror image, nothing black"
+
+
+def test_only_products_that_lie_turned_are_turned() -> None:
+    noise = np.random.default_rng(0)
+
+    def photos(angles: list[float]) -> list[np.ndarray]:
+        return [np.clip(part(angle) + noise.normal(0, 4, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8) for angle in angles]
+
+    for angles, expected in (([0, 90, 180, 275], 8), ([3, 88], 8), ([0, 0, 0, 0], 1), ([1, -1], 1), ([90], 1)):
+        _, turns = enrolled_rows(photos(angles), patches, True)  # type: ignore[arg-type]
+        assert turns == expected, angles
+    same = [patches(part(0))[-1]] * 4
+    assert not lie_turned([same, same]), "copies of one photo say nothing"
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_own_patches_come_first_then_those_of_copies_that_they_lack(keyed: bool) -> None:
+    seen: list[np.ndarray] = []
+
+    def encode(pixels: np.ndarray) -> list[np.ndarray]:
+        seen.append(pixels)
+        values, keys = patches(pixels)
+        return [values, keys] if keyed else [values[:32], keys]
+
+    photos = [part(20), part(65), part(140)]
+    rows, turns = enrolled_rows(photos, encode, keyed, 4)
+    assert turns == 4
+    assert len(seen) == 12
+    for photo, levels in zip(photos, rows, strict=True):
+        for number, (level, own) in enumerate(zip(levels, encode(photo), strict=True)):
+            assert len(level) == rows_of(len(own), 4) == len(own) * 3 // 2
+            assert np.array_equal(level[: len(own)], own)
+            copies = np.concatenate([encode(turned(photo, angle))[number] for angle in (90, 180, 270)])
+            assert all((copies == row).all(axis=1).any() for row in level[len(own) :])
+        if keyed:
+            assert np.array_equal(levels[0] - 127.5, levels[1]), "values and their keys are kept together"
+    alone, turns = enrolled_rows(photos[:1], encode, keyed, 4)
+    assert all(np.array_equal(a, b) for a, b in zip(alone[0], rows[0], strict=True)), "each photo stands for itself"
+    plain, turns = enrolled_rows(photos, encode, keyed, 1)
+    assert turns == 1
+    assert all(np.array_equal(a, b) for a, b in zip(plain[1], encode(photos[1]), strict=True))
+
+
+def test_what_lies_beside_needs_no_row() -> None:
+    clusters = np.repeat(np.eye(4, dtype=np.float32), 25, axis=0)
+    kept = thin_out(clusters, 2, beside=clusters[[0, 30]])
+    assert sorted(clusters[kept].argmax(axis=1)) == [2, 3]
+    assert len(thin_out(clusters, 200, beside=clusters[:1])) == 100
+
+
+@pytest.mark.parametrize("rotations", [0, 37, 2.5, "often", None])
+def test_impossible_rotations_are_refused(rotations: object) -> None:
+    with pytest.raises(ValueError, match="rotations="):
+        check_rotations(rotations)
+    if rotations is not None:
+        with pytest.raises(ValueError, match="rotations="):
+            ResAD("resnet18", pre_trained=False, rotations=rotations)  # type: ignore[arg-type]
+
+
+# -- with the model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def turned_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts") / "good"
+    folder.mkdir()
+    for index, angle in enumerate((0, 100, 190, 260)):
+        Image.fromarray(part(angle)).save(folder / f"{index}.png")
+    return folder
+
+
+def enroll(checkpoint: Path, references: Path, folder: Path, **settings: object) -> ResAD:
+    model = ResAD(checkpoint=checkpoint, references=references, visualizer=False, **settings)  # type: ignore[arg-type]
+    quiet_engine(folder).predict(model, data_path=references, return_predictions=False)
+    return model
+
+
+def test_enrolled_product_says_how_it_was_turned(
+    trained_default: Path, turned_parts: Path, tmp_path: Path, products: Path
+) -> None:
+    """The default looks at the photos; a number is obeyed; either is the checkpoint's unless given."""
+    for given, expected in (({}, 8), ({"rotations": 1}, 1), ({"rotations": 3}, 3)):
+        model = enroll(trained_default, turned_parts, tmp_path, k_shot=4, false_alarm_rate=0.2, **given)
+        bank = model.model.bank
+        assert bank.record["rotations"] == expected
+        assert [len(level) for level in bank.levels] == [4 * rows_of(64, expected)] * 2
+        scores = leave_one_out(model.model, 4, (64, 64), expected)
+        assert bank.record["leave_one_out"] == pytest.approx(scores, abs=1e-6)
+    path = tmp_path / "three.ckpt"
+    engine = quiet_engine(tmp_path)
+    engine.fit(model, datamodule=product(products, "tiles"))
+    engine.trainer.save_checkpoint(path)
+    assert ResAD(checkpoint=path).hparams["rotations"] == 3
+    assert ResAD.load_from_checkpoint(path).hparams["rotations"] == 3
+    assert ResAD(checkpoint=path, rotations="auto").hparams["rotations"] == "auto"
+
+
+def test_presets_turn_nothing_unless_asked(trained: Path, turned_parts: Path, tmp_path: Path) -> None:
+    assert enroll(trained, turned_parts, tmp_path).model.bank.record["rotations"] == 1
+    model = enroll(trained, turned_parts, tmp_path, rotations="auto", k_shot=4)
+    assert model.model.bank.record["rotations"] == 8
+    assert [len(level) for level in model.model.bank.levels] == [4 * rows_of(side**2, 8) for side in (16, 8, 4)]
+
+
+def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Path, turned_parts: Path) -> None:
+    """Photo in, score out, with the others' turned copies in the bank."""
+    model = ResAD(checkpoint=trained_default).eval()
+    paths = sorted(turned_parts.glob("*.png"))
+    rows, turns = reference_rows(model.model, model.pre_processor, paths, "auto")
+    model.model.bank.store(rows)
+    scores = leave_one_out(model.model, 4, (64, 64), turns)
+    others, _ = reference_rows(model.model, model.pre_processor, paths[1:], turns)
+    features = encode_photo(model.model, model.pre_processor, read_photo(paths[0]))
+    with torch.no_grad():
+        assert scores[0] == pytest.approx(model.model.detect(features, others, (64, 64)).pred_score.item(), abs=1e-5)
+    with pytest.raises(ValueError, match=r"4 whole photos of \[.*\] patches, 1 ways round"):
+        leave_one_out(model.model, 4, (64, 64))
+
+
+def test_the_edge_turns_as_evaluation_does(trained_default: Path, turned_parts: Path, tmp_path: Path) -> None:
+    bundle = export_bundle(trained_default, tmp_path / "bundle")
+    inferencer = ResADInferencer(bundle)
+    assert inferencer.manifest.rotations == "auto"
+    photos = sorted(turned_parts.glob("*.png"))
+    bank = inferencer.enroll("parts", photos)
+    assert bank.rotations == 8
+    model = ResAD(checkpoint=trained_default).eval()
+    ordered = [photos[[path.name for path in photos].index(each.name)] for each in bank.references]
+    rows, _ = reference_rows(model.model, model.pre_processor, ordered, "auto")
+    for number, level in enumerate(rows):
+        np.testing.assert_allclose(bank.arrays[f"rows_{number}"], level.numpy(), atol=1e-4)
+    again = inferencer.enroll("again", [photos[2], *photos[::-1]])
+    assert all(np.array_equal(bank.arrays[name], again.arrays[name]) for name in bank.arrays), "order, duplicates"
+    # Photos that are added follow those that are there.
+    inferencer.enroll("some", photos[:3], rotations=8)
+    added = inferencer.add("some", photos[3:])
+    assert all(np.array_equal(bank.arrays[name], added.arrays[name]) for name in bank.arrays)
+    inferencer.remove("some", photos[0].name)
+    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * rows_of(64, 8)] * 2
+    told = resad("enroll", "--bundle", bundle, "--product", "told", "--photos", turned_parts, "--rotations", 2)
+    assert "4 photos, 2 ways round" in told
+    assert inferencer.bank("told").rotations == 2
+    assert "rotations=0" in resad(
+        "enroll", "--bundle", bundle, "--product", "none", "--photos", turned_parts, "--rotations", 0, status=2
+    )
+    assert "none" not in inferencer.products
