@@ -18,6 +18,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from anomalib.data import Folder
@@ -32,6 +33,8 @@ from torchvision.utils import save_image
 
 from anomalib_resad import ResAD
 from anomalib_resad.embedding import distance_within
+from anomalib_resad.enrollment import TURNS, Rotations, enrolled_rows
+from anomalib_resad.reference_bank import to_rows
 from anomalib_resad.variants import VARIANTS
 from benchmarks.measure import PeakMemory
 from benchmarks.settings import PACKAGES, cpu, write_whole
@@ -39,6 +42,7 @@ from benchmarks.settings import PACKAGES, cpu, write_whole
 Actions = dict[str, Callable[[], Any]]
 Row = dict[str, Any]
 BACKBONE = "backbone alone"
+TURNED = "fused, turned product"
 TRAINING_BATCH = 8
 
 
@@ -59,12 +63,21 @@ def in_turn(actions: Actions, repeats: int, what: str) -> list[Row]:
     ]
 
 
-def enrolled(backbone: str, variant: str, photos: Tensor) -> ResAD:
-    """An untrained ResAD that knows some photos, in evaluation mode."""
+def enrolled(backbone: str, variant: str, photos: Tensor, is_turned: bool = False) -> ResAD:
+    """An untrained ResAD that knows some photos, in evaluation mode; turned copies make a bank half as large again."""
     model = ResAD(backbone, pre_trained=False, variant=variant, visualizer=False, evaluator=False).eval()  # type: ignore[arg-type]
     files = [{"name": f"noise {number}"} for number in range(len(photos))]
-    model.model.bank.fill(model.model.encode(photos), {"files": files})
+    rows = [to_rows(level) for level in model.model.encode(photos)]
+    if is_turned:
+        rows = [torch.cat([level, level[: len(level) // 2]]) for level in rows]
+    model.model.bank.store(rows, {"files": files, "rotations": TURNS if is_turned else 1})
     return model
+
+
+def known(backbone: str, variants: Sequence[str], references: Tensor) -> dict[str, ResAD]:
+    """The default, other variants, and the default with a product that lies turned."""
+    models = {variant: enrolled(backbone, variant, references) for variant in dict.fromkeys(("fused", *variants))}
+    return models | {TURNED: enrolled(backbone, "fused", references, is_turned=True)}
 
 
 def patchcore(backbone: str, ratio: float, photos: Tensor) -> Patchcore:
@@ -94,10 +107,10 @@ def stages(model: ResAD, photos: Tensor) -> Actions:
     }
 
 
-def torch_rows(backbone: str, references: Tensor, batch: int, repeats: int) -> list[Row]:
+def torch_rows(backbone: str, variants: Sequence[str], references: Tensor, batch: int, repeats: int) -> list[Row]:
     """Times per batch in PyTorch."""
     photos = torch.randn(batch, 3, 224, 224)
-    models = {variant: enrolled(backbone, variant, references) for variant in VARIANTS}
+    models = known(backbone, variants, references)
     rivals = {f"Patchcore {ratio:g}": patchcore(backbone, ratio, references) for ratio in (0.1, 1.0)}
     fused = models["fused"].model
     actions: Actions = {BACKBONE: lambda: fused.backbone(photos)}
@@ -107,7 +120,9 @@ def torch_rows(backbone: str, references: Tensor, batch: int, repeats: int) -> l
     return [{"backbone": backbone, "runtime": "torch", "batch": batch} | row for row in rows]
 
 
-def openvino_rows(backbone: str, references: Tensor, batches: Sequence[int], repeats: int, threads: int) -> list[Row]:
+def openvino_rows(
+    backbone: str, variants: Sequence[str], references: Tensor, batches: Sequence[int], repeats: int, threads: int
+) -> list[Row]:
     """Times per batch of the exports, pre-processing inside, against the backbone exported alone in that precision."""
     import openvino as ov  # noqa: PLC0415  # an extra
 
@@ -117,7 +132,7 @@ def openvino_rows(backbone: str, references: Tensor, batches: Sequence[int], rep
     rows: list[Row] = []
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = {variant: enrolled(backbone, variant, references) for variant in VARIANTS}
+        models = known(backbone, variants, references)
         rivals = {f"Patchcore {ratio:g}": patchcore(backbone, ratio, references) for ratio in (0.1, 1.0)}
         noise, size = noise_photos(folder / "noise"), (224, 224)
         alone = _export(models["fused"].model.backbone, folder)
@@ -200,12 +215,16 @@ def other_rows(backbone: str, repeats: int) -> list[Row]:
     """Enrollment of four photos against four times the backbone, and memory beyond the bank at 4 and 64 shots."""
     photos = torch.randn(4, 3, 224, 224)
     model = enrolled(backbone, "fused", photos).model
-    actions: Actions = {
-        BACKBONE: lambda: [model.backbone(photo[None]) for photo in photos],
-        "fused: enroll 4 photos": lambda: model.bank.fill(
-            [torch.cat(level) for level in zip(*(model.encode(photo[None]) for photo in photos), strict=True)]
-        ),
-    }
+    pixels = [np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8) for _ in photos]
+
+    def encode(array: np.ndarray) -> list[np.ndarray]:
+        photo = torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float()
+        return [to_rows(level).numpy() for level in model.encode(photo)]
+
+    actions: Actions = {BACKBONE: lambda: [model.backbone(photo[None]) for photo in photos]}
+    ways: tuple[tuple[Rotations, str], ...] = ((1, ""), (4, ", 4 ways round"), (TURNS, ", 8 ways round"))
+    for rotations, what in ways:
+        actions[f"fused: enroll 4 photos{what}"] = partial(enrolled_rows, pixels, encode, True, rotations)
     rows = in_turn(actions, repeats, f"{backbone}, enrollment")
     for shots in (4, 64):
         model.bank.fill([level.repeat(shots // 4, 1, 1, 1) for level in model.encode(photos)])
@@ -221,6 +240,7 @@ def other_rows(backbone: str, repeats: int) -> list[Row]:
 def speed(
     output: Path,
     backbones: tuple[str, ...] = ("resnet18", "wide_resnet50_2"),
+    variants: tuple[str, ...] = tuple(VARIANTS),
     batches: tuple[int, ...] = (1, 8),
     shots: int = 4,
     repeats: int = 9,
@@ -232,6 +252,7 @@ def speed(
     Args:
         output: Folder to write to.
         backbones: timm model names.
+        variants: Those to measure beside the default.
         batches: Batch sizes.
         shots: Reference photos.
         repeats: Counted rounds.
@@ -244,8 +265,8 @@ def speed(
     rows: list[Row] = []
     for backbone in backbones:
         for batch in batches:
-            rows += torch_rows(backbone, references, batch, repeats)
-        rows += openvino_rows(backbone, references, batches, repeats, threads)
+            rows += torch_rows(backbone, variants, references, batch, repeats)
+        rows += openvino_rows(backbone, variants, references, batches, repeats, threads)
         rows += training_rows(backbone, references, repeats)
         rows += other_rows(backbone, repeats)
         write(output, rows, {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed})
