@@ -24,6 +24,7 @@ from rich.table import Table
 
 from anomalib_resad.deploy.bundle import write_whole
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.enrollment import TURNS
 from anomalib_resad.photo_files import photo_files, read_pixels
 
 REPEATS = 7
@@ -89,6 +90,9 @@ def device(
             start = time.perf_counter()
             bank = inferencer.enroll(f"try {attempt}", chosen)
             enrolling.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        inferencer.enroll("turned", chosen, rotations=TURNS)
+        turning = time.perf_counter() - start
         pixels = read_pixels(tests[0])
         result: dict[str, Any] = {
             "backbone": inferencer.manifest.backbone,
@@ -99,8 +103,11 @@ def device(
             "load_s": loading,
             "enroll_first_s": enrolling[0],
             "enroll_s": statistics.median(enrolling[1:]),
+            "rotations": bank.rotations,
+            "enroll_turned_s": turning,
             "encoder_ms": milliseconds(lambda: inferencer.encode(pixels[None])),
             "photo_ms": milliseconds(lambda: inferencer.predict(pixels, "try 0")),
+            "photo_turned_ms": milliseconds(lambda: inferencer.predict(pixels, "turned")),
         }
         result["ratio"] = result["photo_ms"] / result["encoder_ms"]
         if patchcore is not None:
