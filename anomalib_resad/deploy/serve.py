@@ -15,9 +15,15 @@ import numpy as np
 
 from anomalib_resad.deploy.inferencer import ResADInferencer, denormalize
 from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.enrollment import TURNS, Rotations
 from anomalib_resad.photo_files import EXTENSIONS, read_pixels
 
 FONT = ["system-ui", "sans-serif"]  # of the browser: the page must work without a network
+ORIENTATIONS: list[tuple[str, Rotations]] = [
+    ("as the photos show", "auto"),
+    ("any way round", TURNS),
+    ("always as in the photos", 1),
+]
 EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
 
 
@@ -49,15 +55,18 @@ class Page:
         names = self.inferencer.products
         return gr.Dropdown(choices=names, value=chosen if chosen in names else (names[0] if names else None))
 
-    def enroll(self, name: str, files: Sequence[str] | None) -> tuple[Any, ...]:
-        """Enroll a product, or add photos to it."""
+    def enroll(self, name: str, files: Sequence[str] | None, rotations: Rotations | None = None) -> tuple[Any, ...]:
+        """Enroll a product, or add photos to it, as many ways round as those that are there."""
         name = (name or "").strip()
         with _shown():
             if not files:
                 msg = "Drop some good photos first; 2 to 8 are usual."
                 raise ValueError(msg)
             known = name in self.inferencer.products
-            bank = (self.inferencer.add if known else self.inferencer.enroll)(name, list(files))
+            if known:
+                bank = self.inferencer.add(name, list(files))
+            else:
+                bank = self.inferencer.enroll(name, list(files), rotations=rotations)
         done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
         if bank.rotations > 1:
             done += f" Each photo is known {bank.rotations} ways round."
@@ -117,6 +126,7 @@ class _shown:  # noqa: N801  # used as a function
 def build(inferencer: ResADInferencer) -> gr.Blocks:
     """The page."""
     page = Page(inferencer)
+    usual = inferencer.manifest.rotations
     with gr.Blocks(title="ResAD", analytics_enabled=False) as blocks:
         gr.Markdown("# ResAD\nEnroll a product with a few good photos, then inspect new ones.")
         with gr.Tab("Inspect"), gr.Row():
@@ -142,6 +152,12 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
                     type="filepath",
                     elem_id="files",
                 )
+                rotations = gr.Radio(
+                    ORIENTATIONS,
+                    value=usual if usual in dict(ORIENTATIONS).values() else None,
+                    label="How the product lies",
+                    elem_id="rotations",
+                )
                 enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
                 remove = gr.Button("Remove this product", variant="stop")
                 message = gr.Markdown(elem_id="message")
@@ -152,7 +168,7 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
         inspect.click(page.inspect, [photo, product, threshold], [picture, score, verdict], api_name="inspect")
         threshold.change(page.verdict, [score, threshold], verdict, api_visibility="private", show_progress="hidden")
         keep.click(page.keep_threshold, [product, threshold], [threshold, table, verdict], api_name="keep_threshold")
-        enroll.click(page.enroll, [name, files], [message, table, product, files], api_name="enroll")
+        enroll.click(page.enroll, [name, files, rotations], [message, table, product, files], api_name="enroll")
         remove.click(page.remove, name, [message, table, product], api_name="remove")
     return blocks
 
