@@ -17,8 +17,8 @@ Rows: TypeAlias = list[np.ndarray]  # of one photo, float32, shape (N_l, C_l) pe
 # Turns of each photo where a product lies turned, the photo itself among them: every 45 degrees.
 TURNS = 8
 # Photos lie turned if the squared distance of their patches to the other photos falls below this share of itself once
-# these are turned by right angles too. More photos bring any patch nearer: turned copies of products that all
-# lie the same way left 83 to 93 % of the distance, those of turned ones 50 to 89 %.
+# these may be turned by right angles. It always falls, since more rows bring any patch nearer: with four or eight
+# photos to 87-93 % for products that all lie the same way, to 61-89 % for turned ones (benchmarks/experiments.md).
 LIE_TURNED = 0.85
 BLOCK = 1024  # rows whose distances to others are computed at once
 
