@@ -20,6 +20,7 @@ TURNS = 8
 # these may be turned by right angles. It always falls, since more rows bring any patch nearer: with four or eight
 # photos to 87-93 % for products that all lie the same way, to 61-89 % for turned ones (benchmarks/experiments.md).
 LIE_TURNED = 0.85
+LOOKED_AT = 8  # photos that decide whether all of them are turned, the first ones
 BLOCK = 1024  # rows whose distances to others are computed at once
 
 
@@ -78,23 +79,22 @@ def enrolled_rows(
     """
     check_rotations(rotations)
     views = [{0.0: encode(pixels)} for pixels in photos]
-
-    def turn_all(count: int) -> None:
-        for pixels, seen in zip(photos, views, strict=True):
-            for angle in (360 * turn / count for turn in range(count)):
-                if angle not in seen:
-                    seen[angle] = encode(turned(pixels, angle))
-
     if rotations == "auto":
         rotations = 1
         if len(photos) > 1:
-            turn_all(4)
-            rotations = TURNS if lie_turned([[seen[angle][-1] for angle in sorted(seen)] for seen in views]) else 1
+            looked_at = list(zip(photos, views, strict=True))[:LOOKED_AT]
+            for pixels, seen in looked_at:
+                seen |= {angle: encode(turned(pixels, angle)) for angle in (90.0, 180.0, 270.0)}
+            if lie_turned([[rows[-1] for rows in seen.values()] for _, seen in looked_at]):
+                rotations = TURNS
     if rotations == 1:
         return [seen[0.0] for seen in views], 1
-    turn_all(rotations)
     angles = [360 * turn / rotations for turn in range(1, rotations)]
-    return [_with_turned(seen[0.0], [seen[angle] for angle in angles], keyed) for seen in views], rotations
+    rows = []
+    for pixels, seen in zip(photos, views, strict=True):  # one photo's copies at a time
+        copies = [seen.get(angle) or encode(turned(pixels, angle)) for angle in angles]
+        rows.append(_with_turned(seen[0.0], copies, keyed))
+    return rows, rotations
 
 
 def rows_of(patches: int, rotations: int) -> int:
@@ -163,4 +163,4 @@ def thin_out(rows: np.ndarray, most: int, beside: np.ndarray | None = None) -> n
             nearest[chosen[-1]] = -np.inf
         chosen.append(int(nearest.argmax()))
         np.minimum(nearest, distances(rows[chosen[-1]]), out=nearest)
-    return np.sort(chosen)
+    return np.sort(np.array(chosen, dtype=np.intp))  # of the right type where there are none

@@ -102,6 +102,7 @@ def test_what_lies_beside_needs_no_row() -> None:
     kept = thin_out(clusters, 2, beside=clusters[[0, 30]])
     assert sorted(clusters[kept].argmax(axis=1)) == [2, 3]
     assert len(thin_out(clusters, 200, beside=clusters[:1])) == 100
+    assert clusters[thin_out(clusters, 0, beside=clusters[:1])].shape == (0, 4), "half of a single patch is none"
 
 
 @pytest.mark.parametrize("rotations", [0, 37, 2.5, "often", None])
