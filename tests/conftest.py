@@ -10,8 +10,10 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
+from PIL import Image
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
+from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.export import export_bundle
 from benchmarks.products import make_product
 
@@ -102,3 +104,22 @@ def images() -> torch.Tensor:
 def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny ResAD as a bundle, in float32."""
     return export_bundle(trained, tmp_path_factory.mktemp("bundles") / "fp32")
+
+
+@pytest.fixture
+def inferencer(bundle: Path, tmp_path: Path) -> ResADInferencer:
+    return ResADInferencer(bundle, banks=tmp_path / "banks")
+
+
+@pytest.fixture(scope="session")
+def good(products: Path) -> list[Path]:
+    return sorted((products / "tiles" / "train" / "good").glob("*.png"))
+
+
+@pytest.fixture(scope="session")
+def new(products: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Photos of the product, one of them larger than the input, not square, and gray with an alpha channel."""
+    photos = sorted((products / "tiles" / "test").glob("*/*.png"))
+    large = tmp_path_factory.mktemp("new") / "large.png"
+    Image.open(photos[0]).resize((300, 170)).convert("LA").save(large)
+    return [*photos, large]

@@ -17,7 +17,7 @@ from anomalib_resad.leave_one_out import leave_one_out
 from anomalib_resad.photos import read_photo
 from anomalib_resad.references import encode_photo, reference_rows
 from tests.conftest import product, quiet_engine
-from tests.test_edge import resad
+from tests.test_edge_commands import resad
 
 SIDE = 64
 
