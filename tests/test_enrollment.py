@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from anomalib_resad import ResAD
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.export import export_bundle
+from anomalib_resad.deploy.parity import STOCK, compare
 from anomalib_resad.enrollment import check_rotations, enrolled_rows, lie_turned, rows_of, thin_out, turned
 from anomalib_resad.leave_one_out import leave_one_out
 from anomalib_resad.photos import read_photo
@@ -172,6 +173,15 @@ def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Pa
         assert scores[0] == pytest.approx(model.model.detect(features, others, (64, 64)).pred_score.item(), abs=1e-5)
     with pytest.raises(ValueError, match=r"4 whole photos of \[.*\] patches, 1 ways round"):
         leave_one_out(model.model, 4, (64, 64))
+
+
+def test_parity_of_a_turned_product(trained_default: Path, turned_parts: Path) -> None:
+    """Both runtimes choose the same copies' patches; anomalib's export has the bank inside."""
+    photos = sorted(turned_parts.glob("*.png"))
+    rows = compare(trained_default, photos, photos[:2], threads=1)["rows"]
+    for name in ("OpenVINO FP32", STOCK):
+        assert rows[name]["score_max"] < 1e-4, name
+        assert rows[name]["same_labels"] == 1, name
 
 
 def test_the_edge_turns_as_evaluation_does(trained_default: Path, turned_parts: Path, tmp_path: Path) -> None:

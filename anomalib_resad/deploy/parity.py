@@ -76,9 +76,11 @@ class TorchReference:
     def __init__(self, model: ResAD, references: Sequence[Path]) -> None:
         self.model = model
         unique = dict(sorted({content_hash(path): path for path in references}.items()))
-        rows, _ = reference_rows(model.model, model.pre_processor, list(unique.values()), model.hparams["rotations"])
+        rows, turns = reference_rows(
+            model.model, model.pre_processor, list(unique.values()), model.hparams["rotations"]
+        )
         files = [{"name": path.name, "sha256": digest} for digest, path in unique.items()]
-        model.model.bank.store(rows, {"files": files})
+        model.model.bank.store(rows, {"files": files, "rotations": turns})
 
     def _image(self, photo: Path) -> torch.Tensor:
         return self.model.pre_processor.transform(read_photo(photo)[None])  # type: ignore[union-attr, operator]
