@@ -15,7 +15,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_resad.datamodule import category_name
-from anomalib_resad.enrollment import Rotations, check_rotations
 from anomalib_resad.feature_cache import FeatureCache
 from anomalib_resad.leave_one_out import reference_scores
 from anomalib_resad.photos import content_hash, draw, draw_references, list_photos, read_photo, seeded
@@ -56,7 +55,6 @@ class FewShotReferences(Callback):
         cache_gb (float): Most memory for features of source images during training, in GB.
         false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
             references alone; ``None`` leaves the threshold as it is stored.
-        rotations (Rotations): Turns of each enrolled photo, or ``"auto"``.
     """
 
     def __init__(
@@ -66,10 +64,7 @@ class FewShotReferences(Callback):
         seed: int = 0,
         cache_gb: float = 2.0,
         false_alarm_rate: float | None = None,
-        rotations: Rotations = 1,
     ) -> None:
-        check_rotations(rotations)
-        self.rotations: Rotations = rotations
         self.false_alarm_rate = false_alarm_rate
         self.k_shot = k_shot
         self.references = references
@@ -127,16 +122,17 @@ class FewShotReferences(Callback):
             "seed": self.seed,
             "files": [{"name": Path(path).name, "sha256": content_hash(path)} for path in chosen],
         }
-        if self.rotations != "auto":
-            record["rotations"] = self.rotations
+        rotations = pl_module.hparams["rotations"]  # asked for now: a restored checkpoint brings its own
+        if rotations != "auto":
+            record["rotations"] = rotations
         if not record.items() <= bank.record.items():
-            rows, turns = reference_rows(pl_module.model, pl_module.pre_processor, chosen, self.rotations)
+            rows, turns = reference_rows(pl_module.model, pl_module.pre_processor, chosen, rotations)
             bank.store(rows, record | {"rotations": turns})
             count = f"{len(chosen)} of {len(photos)} good photos of {where}"
             rank_zero_info(f"Enrolled {count} (seed {self.seed}): {_names(record)}")
             if turns > 1:
-                why = "They lie turned, so each" if self.rotations == "auto" else "Each"
-                rank_zero_info(f"{why} was enrolled {turns} ways round (rotations={self.rotations!r}).")
+                why = "They lie turned, so each" if rotations == "auto" else "Each"
+                rank_zero_info(f"{why} was enrolled {turns} ways round (rotations={rotations!r}).")
             if isinstance(pl_module.post_processor, RankKeepingPostProcessor):
                 pl_module.post_processor.forget_product()
 
@@ -286,7 +282,7 @@ class FewShotReferences(Callback):
             category = pools.category_of[path]
             if category not in self._held_out:
                 drawn = sorted(pools.draw(path, self.k_shot, self.seed, category))
-                rows, _ = reference_rows(model.model, model.pre_processor, drawn, self.rotations)
+                rows, _ = reference_rows(model.model, model.pre_processor, drawn, model.hparams["rotations"])
                 self._held_out[category] = [level.to(model.device) for level in rows]
         model.batch_references = [self._held_out[pools.category_of[path]] for path in batch.image_path]
 

@@ -137,10 +137,12 @@ class CheckpointMixin(_Module):
     Attributes:
         model (ResADModel): The torch model.
         keeps_bank (bool): Whether the bank came from a checkpoint that is being restored.
+        given_rotations (Rotations | None): What the constructor was given, which goes before a checkpoint's.
     """
 
     model: ResADModel
     keeps_bank: bool = False
+    given_rotations: Rotations | None = None
 
     def _build(self) -> ResADModel:
         """Make the torch model that the hyperparameters describe."""
@@ -151,9 +153,7 @@ class CheckpointMixin(_Module):
             weights=self.hparams["weights"],
         )
 
-    def _start_from(
-        self, path: Path, estimator: str | None, rotations: Rotations | None, own_pre_processor: bool
-    ) -> None:
+    def _start_from(self, path: Path, estimator: str | None, own_pre_processor: bool) -> None:
         """Take architecture, weights, threshold, bank, and what was not given of the rest from a trained ResAD.
 
         Raises:
@@ -161,8 +161,7 @@ class CheckpointMixin(_Module):
             FileNotFoundError: If there is no such file.
         """
         trained = read_trained(path, estimator)
-        if rotations is not None:
-            trained.settings["rotations"] = rotations
+        self._keep_given(trained.settings)
         taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
         if taken:
             logger.info("Settings taken from %s: %s.", path, taken)
@@ -177,6 +176,11 @@ class CheckpointMixin(_Module):
         except RuntimeError as error:
             msg = f"{path} does not fit this version of ResAD: {error}"
             raise ValueError(msg) from error
+
+    def _keep_given(self, settings: dict[str, Any]) -> None:
+        """Put what the constructor was given for the enrollment before a checkpoint's ``settings``."""
+        if settings and self.given_rotations is not None:
+            settings["rotations"] = self.given_rotations
 
     def _adopt(self, settings: dict[str, Any]) -> None:
         """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
@@ -193,6 +197,7 @@ class CheckpointMixin(_Module):
         super().on_load_checkpoint(checkpoint)
         self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
         settings = architecture(checkpoint.get("hyper_parameters", {}))
+        self._keep_given(settings)
         other = {key: value for key, value in settings.items() if value != self.hparams.get(key)}
         if other:
             logger.warning("The checkpoint was made with %s; these settings are used.", other)

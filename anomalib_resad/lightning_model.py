@@ -167,6 +167,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         if false_alarm_rate is not None:
             check_rate(false_alarm_rate)
         check_rotations(1 if rotations is None else rotations)
+        self.given_rotations = rotations
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
@@ -179,7 +180,7 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
         if checkpoint is None:
             self.model = self._build()
         else:
-            self._start_from(Path(checkpoint), estimator, rotations, own_pre_processor)
+            self._start_from(Path(checkpoint), estimator, own_pre_processor)
         self.is_trainable = checkpoint is None and self.hparams["estimator"] != "distance"
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
@@ -227,7 +228,6 @@ class ResAD(CheckpointMixin, ExportMixin, AnomalibModule):
             self.hparams["reference_seed"],
             cache_gb=self.hparams["cache_gb"],
             false_alarm_rate=self.hparams["false_alarm_rate"],
-            rotations=self.hparams["rotations"],
         )
         defects = SyntheticDefects(self.hparams["synthetic"], self.hparams["reference_seed"], references.cache)
         return [EpochSeeds(), defects, *components[:1], references, *components[1:]]

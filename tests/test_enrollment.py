@@ -153,6 +153,18 @@ def test_enrolled_product_says_how_it_was_turned(
     assert ResAD(checkpoint=path, rotations="auto").hparams["rotations"] == "auto"
 
 
+@pytest.mark.parametrize(("given", "expected"), [({}, 1), ({"rotations": "auto"}, 8), ({"rotations": 3}, 3)])
+def test_restored_preset_turns_nothing_unless_asked(
+    given: dict[str, object], expected: int, trained: Path, turned_parts: Path, tmp_path: Path
+) -> None:
+    """`--ckpt_path` restores the model after its callbacks are made, and the class's own default is "auto"."""
+    model = ResAD("resnet18", pre_trained=False, references=turned_parts, visualizer=False, **given)  # type: ignore[arg-type]
+    quiet_engine(tmp_path).predict(model, data_path=turned_parts, ckpt_path=trained, return_predictions=False)
+    assert model.hparams["variant"] == "resad"
+    assert model.hparams["rotations"] == given.get("rotations", 1)
+    assert model.model.bank.record["rotations"] == expected
+
+
 def test_presets_turn_nothing_unless_asked(trained: Path, turned_parts: Path, tmp_path: Path) -> None:
     assert enroll(trained, turned_parts, tmp_path).model.bank.record["rotations"] == 1
     model = enroll(trained, turned_parts, tmp_path, rotations="auto", k_shot=4)
