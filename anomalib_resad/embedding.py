@@ -90,10 +90,11 @@ class JoinedLevels(nn.Module):
         height, width = features[min(1, len(features) - 1)].shape[-2:]
         grid = (height, width)
         share = len(features) ** -0.5
-        places = [self._on_grid(level, grid).permute(0, 2, 3, 1) for level in features]
+        # Positions on one axis: for maps with two, OpenVINO chooses a layout that it leaves at a cost.
+        places = [self._on_grid(level, grid).flatten(2).transpose(1, 2) for level in features]
         joined = torch.cat([_of_length(share, level) for level in places], dim=-1)
         keys = _of_length(1.0, joined @ self.directions.T)
-        return [joined.permute(0, 3, 1, 2), keys.permute(0, 3, 1, 2)]
+        return [rows.unflatten(1, grid).permute(0, 3, 1, 2) for rows in (joined, keys)]
 
     @torch.no_grad()
     def learn(self, photos: Iterable[Tensor]) -> None:

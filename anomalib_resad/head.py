@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_resad.distributed import total
-from anomalib_resad.reference_bank import to_rows
 
 # Share of a normal residual's mean squared length below which two patches count as equal, so that the logarithm stays
 # finite and copies of a patch do not decide how far distances spread.
@@ -68,8 +67,8 @@ class FusedHead(nn.Module):
         return torch.cat([logit, torch.maximum(distances, shortest).log()], dim=1)
 
     def forward(self, residuals: Tensor, within: Tensor) -> Tensor:
-        """Anomaly of each patch, ``(B, C, H, W)`` and ``(B, H, W)`` to ``(B, H, W)``, about 0 for normal patches."""
-        evidence = self.evidence(to_rows(residuals), within.flatten())
+        """Anomaly of each patch, ``(B * H * W, C)`` and ``(B, H, W)`` to ``(B, H, W)``, about 0 for normal patches."""
+        evidence = self.evidence(residuals, within.flatten())
         weights = torch.tensor(self.WEIGHTS).to(evidence) * self.variance.clamp(min=TINY).rsqrt()
         return ((evidence - self.mean) * weights).sum(dim=1).reshape(within.shape)
 

@@ -40,6 +40,9 @@ class AntialiasedResize(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Resize images, shape ``(..., H, W)`` to ``(..., *size)``."""
+        sides = image.shape[-2:]
+        if all(isinstance(side, int) for side in sides) and sides == self.size:
+            return image  # what the products would give, too; sides that an export leaves open are no numbers yet
         rows = resize_weights(image.shape[-2], self.size[0], image)
         columns = resize_weights(image.shape[-1], self.size[1], image)
         # As many axes as the image has: the CPU plugin would add them, and drop the mark that keeps float32.

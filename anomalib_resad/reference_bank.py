@@ -93,16 +93,18 @@ def match(features: Tensor, rows: Tensor, metric: Metric = "l2", row_keys: Tenso
         Tensor: Matched references, shape ``(B, C, H, W)``.
     """
     exporting = torch.compiler.is_compiling()
-    axis, size = (2, -(-STRIP // features.shape[3])) if exporting else (0, 1)
-    parts = [_match_part(part, rows, metric, row_keys) for part in features.split(size, dim=axis)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+    places = features.permute(0, 2, 3, 1)  # as rows lie: turned once, however many strips there are
+    axis, size = (1, -(-STRIP // features.shape[3])) if exporting else (0, 1)
+    parts = [_match_part(part, rows, metric, row_keys) for part in places.split(size, dim=axis)]
+    matched = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
+    return matched.permute(0, 3, 1, 2)
 
 
-def _match_part(features: Tensor, rows: Tensor, metric: Metric, row_keys: Tensor | None) -> Tensor:
-    """Match some of the images, or a strip of each."""
-    batch, _, height, width = features.shape
-    matched = rows[nearest_rows(to_rows(features), rows if row_keys is None else row_keys, metric)]  # (B * H * W, C)
-    return matched.reshape(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
+def _match_part(places: Tensor, rows: Tensor, metric: Metric, row_keys: Tensor | None) -> Tensor:
+    """Match some of the images, or a strip of each, ``(B, H, W, K)`` to ``(B, H, W, C)``."""
+    queries = places.reshape(-1, places.shape[3])
+    matched = rows[nearest_rows(queries, rows if row_keys is None else row_keys, metric)]
+    return matched.reshape(*places.shape[:3], rows.shape[1])
 
 
 class ReferenceBank(DynamicBufferMixin, nn.Module):

@@ -192,7 +192,8 @@ class ResADModel(TrainingLosses):
         if self.estimator == "distance":
             anomalies = [distance(x, m, self.bank.metric) for x, m in zip(features, matched, strict=True)]
         elif self.head is not None:
-            anomalies = [self.head(x - m, distance_within(keys)) for x, m in zip(features, matched, strict=True)]
+            pairs = zip(features, matched, strict=True)
+            anomalies = [self.head(to_rows(x) - to_rows(m), distance_within(keys)) for x, m in pairs]
         else:
             constrained = self.constrain(self.match_residuals(self.residuals(features, matched)))
             maps = [flow.maps(level) for flow, level in zip(self.flows, constrained, strict=True)]  # type: ignore[operator]

@@ -96,7 +96,7 @@ def stages(model: ResAD, photos: Tensor) -> Actions:
     assert net.head is not None
     head, join = net.head, net.join
     levels, features = net.backbone(photos), net.encode(photos)
-    residual, within = features[0] - net.bank(features)[0], distance_within(features[-1])
+    residual, within = to_rows(features[0] - net.bank(features)[0]), distance_within(features[-1])
     anomalies = [head(residual, within)]
     return {
         "fused: join": lambda: join(levels),

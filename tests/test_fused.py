@@ -150,8 +150,8 @@ def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
     evidence = head.evidence(residuals, within)
     parts = (evidence - evidence.mean(dim=0)) / evidence.std(dim=0, correction=0)
     expected = (parts * torch.tensor(FusedHead.WEIGHTS)).sum(dim=1)
-    maps = residuals[:6].reshape(1, 2, 3, 16).permute(0, 3, 1, 2)
-    torch.testing.assert_close(head(maps, within[:6].reshape(1, 2, 3)).flatten(), expected[:6], atol=1e-4, rtol=0)
+    anomalies = head(residuals[:6], within[:6].reshape(1, 2, 3))
+    torch.testing.assert_close(anomalies, expected[:6].reshape(1, 2, 3), atol=1e-4, rtol=0)
     before = head.mean.clone()
     head.loss(2 * residuals, within, labels)
     assert torch.equal(head.mean, before), "nothing follows what is evaluated"
