@@ -116,4 +116,9 @@ class JoinedLevels(nn.Module):
         """Pool a finer level, enlarge a coarser one."""
         if level.shape[-2] < grid[0]:
             return F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-        return level if level.shape[-2:] == grid else F.adaptive_avg_pool2d(level, grid)
+        if level.shape[-2:] == grid:
+            return level
+        times = level.shape[-2] // grid[0]
+        if level.shape[-2:] == (times * grid[0], times * grid[1]):
+            return F.avg_pool2d(level, times)  # the same numbers; OpenVINO has a fast one of these only
+        return F.adaptive_avg_pool2d(level, grid)

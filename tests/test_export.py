@@ -108,12 +108,14 @@ def test_every_operation_stays_in_float32(exported: dict[str, Path]) -> None:
 
 def test_the_default_model_too(trained_default: Path, tmp_path: Path) -> None:
     model = ResAD.load_from_checkpoint(trained_default).eval()
-    path = model.to_openvino(tmp_path)
+    path = model.to_openvino(tmp_path, input_size=(64, 64))
     assert not {name for name, kind in precisions(path).items() if kind in ("bf16", "f16")}
     photos = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
     theirs, ours = openvino.Core().compile_model(path, "CPU")(photos.numpy()), evaluate(model, photos)
     np.testing.assert_allclose(theirs["pred_score"].reshape(-1), ours.pred_score, atol=1e-4)
     np.testing.assert_allclose(theirs["anomaly_map"], ours.anomaly_map, atol=1e-3)
+    kinds = [node.get_type_name() for node in openvino.Core().read_model(path).get_ops()]
+    assert kinds.count("Transpose") == len(model.hparams["layers"]), "each level is turned once"
 
 
 def test_compressed_exports_are_usable(

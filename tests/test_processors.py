@@ -20,6 +20,18 @@ def test_resize_is_the_one_of_evaluation(size: tuple[int, int]) -> None:
     torch.testing.assert_close(AntialiasedResize((64, 48))(image), expected, rtol=0, atol=5e-6)
 
 
+def test_resize_to_the_same_size_is_left_out_where_the_size_is_known() -> None:
+    resize, photo = AntialiasedResize((8, 6)), torch.rand(2, 3, 8, 6)
+    assert resize(photo) is photo
+    known = torch.export.export(resize, (photo,))
+    assert not [node for node in known.graph.nodes if node.op == "call_function"]
+    sides = {2: torch.export.Dim("height", min=1, max=99), 3: torch.export.Dim("width", min=1, max=99)}
+    unknown = torch.export.export(resize, (photo,), dynamic_shapes=(sides,)).module()
+    larger = torch.rand(2, 3, 20, 9)
+    torch.testing.assert_close(unknown(photo), photo, rtol=0, atol=1e-6)
+    torch.testing.assert_close(unknown(larger), resize(larger))
+
+
 def test_export_keeps_antialiasing_after_a_restore() -> None:
     """anomalib switches antialiasing off in exports; a photo larger than the input is then another image."""
     transform = Compose([Resize((32, 32), antialias=True), Normalize([0.5] * 3, [0.2] * 3)])
