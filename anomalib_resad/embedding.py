@@ -90,8 +90,10 @@ class JoinedLevels(nn.Module):
         height, width = features[min(1, len(features) - 1)].shape[-2:]
         grid = (height, width)
         share = len(features) ** -0.5
-        # Positions on one axis: for maps with two, OpenVINO chooses a layout that it leaves at a cost.
-        places = [self._on_grid(level, grid).flatten(2).transpose(1, 2) for level in features]
+        # Channels last before a level grows, for PyTorch. Then positions on one axis, for OpenVINO: for maps with two
+        # it chooses a layout that it leaves at a cost.
+        levels = [level.contiguous(memory_format=torch.channels_last) for level in features]
+        places = [self._on_grid(level, grid).flatten(2).transpose(1, 2) for level in levels]
         joined = torch.cat([_of_length(share, level) for level in places], dim=-1)
         keys = _of_length(1.0, joined @ self.directions.T)
         return [rows.unflatten(1, grid).permute(0, 3, 1, 2) for rows in (joined, keys)]

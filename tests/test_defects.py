@@ -235,5 +235,6 @@ def test_defect_10_encodings_are_rebuilt_and_the_whole_matrix_is_held(monkeypatc
         "published: it grows with the bank"
     )
     match(features, bank)
+    assert [rows for _, rows in widths[:4]] == [1280, 1280, 1280, 1160], "nearly equal ones"
     assert max(rows for _, rows in widths) <= reference_bank.BLOCK
     assert {queries for queries, _ in widths} == {16}

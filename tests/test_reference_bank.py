@@ -15,7 +15,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("rows", [1, 31, 64, 1024, 1025, 2500])
+@pytest.mark.parametrize("rows", [1, 31, 64, 1600, 1601, 2500])
 def test_nearest_is_what_a_full_comparison_finds(metric: Metric, rows: int) -> None:
     queries, bank = random(50, 6), random(rows, 6, seed=1)
     full = -torch.cdist(queries, bank) if metric == "l2" else cosine_similarity(queries[:, None], bank[None], dim=2)
