@@ -85,10 +85,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, photos: Photos) -> Path:
 
 
 def shrink(name: str) -> list[str]:
-    """Arguments that make a config tiny: two categories and methods, one photo, one epoch, an untrained ResNet-18."""
+    """Arguments that make a config tiny: two categories and methods, one photo, one epoch, an untrained ResNet-18.
+
+    No processes that load images: forked from a test process with all its threads, they have taken it down with them.
+    """
     config = load(name)
     for entry in (config["target"], *config["source"]):
         entry["init_args"]["category"] = ", ".join(entry["init_args"]["category"].split(", ")[:2])
+    for entry in config["source"]:
+        entry["init_args"]["num_workers"] = 0
     methods = {method: config["methods"][method] for method in ("ResAD", "Patchcore")}
     methods["ResAD"]["source_epochs"] = 1
     methods["ResAD"]["init_args"] = {"coupling_layers": 1, "position_channels": 8, "k_shot": 1}
