@@ -1,48 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A trained ResAD in a Lightning checkpoint: checked when it is read, taken over, saved and restored."""
+"""A trained ResAD in a Lightning checkpoint: checked when it is read, also where an earlier version wrote it."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
+from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor
 
-from anomalib_resad.enrollment import Rotations
+from anomalib_resad.method.presets import (
+    ARCHITECTURE,
+    FLOW_TRAINING,
+    OF_DISTANCE,
+    PRESETS,
+    PROCEDURE,
+    SETTINGS,
+    check_belong,
+    resolve,
+    settings_of,
+)
+from anomalib_resad.method.safe_load import load_weights_only
 from anomalib_resad.post_processor import RankKeepingPostProcessor
-from anomalib_resad.safe_load import load_weights_only
-from anomalib_resad.torch_model import ResADModel
-from anomalib_resad.variants import VARIANTS
+from anomalib_resad.torch_model import BUILD_ARGUMENTS, build
 
 logger = logging.getLogger(__name__)
 
-# What a trained model is made of: restored from its checkpoint, whatever the constructor was given.
-# (`occ` and `push_pull` are losses, but training may go on from a checkpoint, whose boundary is kept with it.)
-ARCHITECTURE = (
-    "backbone",
-    "layers",
-    "match",
-    "residual",
-    "constraintor",
-    "occ",
-    "coupling_layers",
-    "position_channels",
-    "codebook_size",
-    "efdm",
-    "abnormal_gaussian",
-    "push_pull",
-    "sigma",
-    "image_size",
-    "projection",
-    "estimator",
-)
-# Settings that checkpoints from before there were variants lack: those were all the first.
-ADDED = ("constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull", "projection", "estimator")
-EARLIER = {"variant": "resad"} | {key: VARIANTS["resad"][key] for key in ADDED}
-TRAINED_PARTS = ("codebooks", "fusion", "constraintors", "flows", "boundaries", "head")
+# What a trained model is made of beside its method: restored from its checkpoint, whatever the constructor was given.
+BUILT_WITH = ("variant", "backbone", "layers", "sigma", "image_size", *ARCHITECTURE)
+# Constructor arguments without a default value that every method has had in every version.
+REQUIRED = ("backbone", "layers", "match", "sigma", "image_size")
+
+# Version 0.1.0 kept all parts beside each other, and called the estimator of the variant "fused" by the same name.
+PARTS_0_1 = {
+    "model.backbone.": "model.encoder.backbone.",
+    "model.join.": "model.encoder.join.",
+    "model.head.": "model.estimator.",
+    "model.codebooks.": "model.estimator.codebooks.",
+    "model.fusion.": "model.estimator.fusion.",
+    "model.constraintors.": "model.estimator.constraintors.",
+    "model.flows.": "model.estimator.flows.",
+    "model.boundaries": "model.estimator.boundaries",
+    "model.anomaly_map.ceilings": "model.estimator.ceilings",
+}
+# Statistics that are NaN by design where nothing was learned.
+MAY_BE_NAN = ("estimator.ceilings", "estimator.boundaries")
 
 
 @dataclass
@@ -50,7 +55,7 @@ class TrainedResAD:
     """What a checkpoint gives.
 
     Attributes:
-        settings (dict[str, Any]): The architecture's hyperparameters, the variant's name, and how photos are turned.
+        settings (dict[str, Any]): The variant, the architecture's hyperparameters, and the orientations of references.
         model (dict[str, Any]): State dict of the torch model.
         post_processor (dict[str, Any]): State dict of the post-processor: threshold and range.
         pre_processor (dict[str, Any] | None): Configuration of the pre-processor.
@@ -62,17 +67,72 @@ class TrainedResAD:
     pre_processor: dict[str, Any] | None
 
 
-def architecture(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's model was built with, its variant, and how photos are turned; empty if it holds none."""
-    found = {key: hyper_parameters[key] for key in ("variant", *ARCHITECTURE, "rotations") if key in hyper_parameters}
-    if not found:
+def upgrade_hyper_parameters(given: dict[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as this version saves them: settings that the method does not have are ``None``.
+
+    Those of checkpoints from before there were variants lack some settings: they are of the first method.
+    """
+    found = dict(given)
+    found.setdefault("variant", "resad")
+    if found["variant"] not in PRESETS:
+        return found
+    if found.get("estimator") == "fused":
+        found["estimator"] = "head"
+    own = settings_of(found["variant"])
+    found.setdefault("estimator", own["estimator"])
+    if found["estimator"] == "distance":
+        own = {name: own[name] for name in OF_DISTANCE}
+    missing = {name: value for name, value in own.items() if found.get(name) is None and name not in REQUIRED}
+    return found | missing | {name: None for name in SETTINGS if name not in own}
+
+
+def upgrade_state(state: dict[str, Any], estimator: str) -> dict[str, Any]:
+    """A checkpoint's state dict with the names of this version.
+
+    Args:
+        state (dict[str, Any]): State dict of the whole Lightning model, whose order is kept.
+        estimator (str): The estimator that it was made with.
+    """
+    if not any(name.startswith("model.backbone.") for name in state):
+        return state
+    upgraded = {}
+    for name, value in state.items():
+        if name == "model.anomaly_map.ceilings" and estimator != "flow":
+            continue
+        old = next((part for part in PARTS_0_1 if name.startswith(part)), None)
+        upgraded[name if old is None else PARTS_0_1[old] + name.removeprefix(old)] = value
+    return upgraded
+
+
+def built_with(hyper_parameters: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's model was built with, and the orientations of its references; nothing of other models."""
+    if not any(name in hyper_parameters for name in (*REQUIRED[1:], "variant")):
         return {}
-    settings = EARLIER | found
-    return {"rotations": VARIANTS[settings["variant"]]["rotations"]} | settings
+    upgraded = upgrade_hyper_parameters(hyper_parameters)
+    return {name: upgraded[name] for name in (*BUILT_WITH, "rotations") if name in upgraded}
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Read a checkpoint without running code from it; parameters of this version's names.
+
+    Raises:
+        ValueError: If the file is damaged, unsafe, or no ResAD.
+        FileNotFoundError: If there is no such file.
+    """
+    with anomalib_safe_globals():
+        content = load_weights_only(path, what="trained ResAD")
+    state, hyper_parameters = content.get("state_dict"), content.get("hyper_parameters")
+    missing = [name for name in REQUIRED if name not in (hyper_parameters or {})]
+    if not isinstance(state, dict) or missing:
+        msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
+        raise ValueError(msg)
+    assert isinstance(hyper_parameters, dict)
+    upgraded = upgrade_hyper_parameters(hyper_parameters)
+    return content | {"hyper_parameters": upgraded, "state_dict": upgrade_state(state, upgraded["estimator"])}
 
 
 def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
-    """Read a checkpoint.
+    """Read a checkpoint to start from.
 
     Args:
         path (Path): The checkpoint.
@@ -82,25 +142,20 @@ def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
         ValueError: If the file is damaged, unsafe, no ResAD, never trained, or of a training that diverged.
         FileNotFoundError: If there is no such file.
     """
-    content = load_weights_only(path, what="trained ResAD")
-    state, hyper_parameters = content.get("state_dict"), content.get("hyper_parameters", {})
-    settings = architecture(hyper_parameters)
-    missing = [key for key in ARCHITECTURE if key not in settings]
-    if not isinstance(state, dict) or missing:
-        msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
-        raise ValueError(msg)
-    model = _below("model.", state)
+    content = load_checkpoint(path)
+    settings, model = built_with(content["hyper_parameters"]), _below("model.", content["state_dict"])
     made_with = settings["estimator"]
     if estimator not in (None, "distance", made_with):
         msg = f"{path} was made with estimator='{made_with}', not '{estimator}': leave estimator out."
         raise ValueError(msg)
-    settings["estimator"] = estimator or made_with
     if estimator == "distance":
-        model = {key: value for key, value in model.items() if not key.startswith(TRAINED_PARTS)}
-    elif not any(key.startswith(TRAINED_PARTS) for key in model):
+        model = {name: value for name, value in model.items() if not name.startswith("estimator.")}
+        dropped = {name: None for name in ARCHITECTURE if name not in OF_DISTANCE}
+        settings |= {**dropped, "estimator": "distance"}
+    elif not any(name.startswith("estimator.") for name in model):
         msg = f"{path} was never trained (estimator '{made_with}'): pass estimator='distance' too."
         raise ValueError(msg)
-    broken = [key for key, value in model.items() if _is_broken(key, value)]
+    broken = [name for name, value in model.items() if _is_broken(name, value)]
     if broken:
         msg = f"{path} holds NaN or infinity in {len(broken)} tensors (first: {broken[0]}): its training diverged."
         raise ValueError(msg)
@@ -108,98 +163,81 @@ def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
         settings=settings,
         model=model,
         # Thresholds belong to the scores of one estimator.
-        post_processor=_below("post_processor.", state) if settings["estimator"] == made_with else {},
+        post_processor=_below("post_processor.", content["state_dict"]) if settings["estimator"] == made_with else {},
         pre_processor=content.get("anomalib_pre_processor_config"),
     )
 
 
 def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
     """The entries of a state dict below ``prefix``, without the prefix."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _is_broken(key: str, value: Any) -> bool:  # noqa: ANN401
-    """Whether a weight is not finite; ceilings and boundaries of an untrained level are NaN by design."""
-    by_design = key in {"anomaly_map.ceilings", "boundaries"}
-    return isinstance(value, Tensor) and not by_design and not bool(torch.isfinite(value.float()).all())
+def _is_broken(name: str, value: Any) -> bool:  # noqa: ANN401
+    """Whether a weight is not finite and should be."""
+    return isinstance(value, Tensor) and name not in MAY_BE_NAN and not bool(torch.isfinite(value.float()).all())
 
 
-# For the type checker only: anomalib lists the direct subclasses of AnomalibModule as models, and this is none.
-if TYPE_CHECKING:
-    from anomalib.models import AnomalibModule as _Module
-else:
-    _Module = object
+# -- into a Lightning model -------------------------------------------------------------------------------------------
 
 
-class CheckpointMixin(_Module):
-    """Builds the model that hyperparameters or a checkpoint describe, and keeps both true to each other.
+def start_from(module: Any, path: Path, given: dict[str, Any], own_pre_processor: bool) -> None:  # noqa: ANN401
+    """Take architecture, weights, threshold, bank, and what was not given of the rest from a trained ResAD.
 
-    Attributes:
-        model (ResADModel): The torch model.
-        keeps_bank (bool): Whether the bank came from a checkpoint that is being restored.
-        given_rotations (Rotations | None): What the constructor was given, which goes before a checkpoint's.
+    Args:
+        module (Any): The ResAD that starts from it.
+        path (Path): The checkpoint.
+        given (dict[str, Any]): Settings that its constructor was given; ``None`` for those that were not.
+        own_pre_processor (bool): Keep the pre-processor that the constructor was given.
+
+    Raises:
+        ValueError: If the checkpoint cannot be used, or its method does not have a setting that was given.
+        FileNotFoundError: If there is no such file.
     """
+    trained = read_trained(path, given["estimator"])
+    settings = trained.settings
+    check_belong(settings["variant"], settings_of(settings["variant"], given["estimator"]), given)
+    taken = {name: value for name, value in settings.items() if module.hparams[name] not in (None, value)}
+    if taken:
+        logger.info("Settings taken from %s: %s.", path, taken)
+    module.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
+    adopt(module, settings, given)
+    if trained.pre_processor and not own_pre_processor and isinstance(module.pre_processor, PreProcessor):
+        module.pre_processor.load_checkpoint_config(trained.pre_processor)
+    try:
+        module.model.load_state_dict(trained.model)
+        if isinstance(module.post_processor, RankKeepingPostProcessor):
+            module.post_processor.load_state_dict(trained.post_processor, strict=False)
+    except RuntimeError as error:
+        msg = f"{path} does not fit this version of ResAD: {error} Train it again with `anomalib train`."
+        raise ValueError(msg) from error
 
-    model: ResADModel
-    keeps_bank: bool = False
-    given_rotations: Rotations | None = None
 
-    def _build(self) -> ResADModel:
-        """Make the torch model that the hyperparameters describe."""
-        settings = {key: self.hparams[key] for key in ARCHITECTURE}
-        return ResADModel(
-            **settings,
-            pre_trained=self.hparams["pre_trained"],
-            weights=self.hparams["weights"],
-        )
+def adopt(module: Any, settings: dict[str, Any], given: dict[str, Any]) -> None:  # noqa: ANN401
+    """Build the torch model with a checkpoint's settings; what was given of the procedure goes before them."""
+    procedure = {name: given[name] for name in (*PROCEDURE, *FLOW_TRAINING) if given[name] is not None}
+    module.hparams.update(settings | resolve(settings["variant"], settings | procedure))
+    module.model = build(module.hparams, **{name: module.hparams[name] for name in BUILD_ARGUMENTS})
 
-    def _start_from(self, path: Path, estimator: str | None, own_pre_processor: bool) -> None:
-        """Take architecture, weights, threshold, bank, and what was not given of the rest from a trained ResAD.
 
-        Raises:
-            ValueError: If the checkpoint cannot be used.
-            FileNotFoundError: If there is no such file.
-        """
-        trained = read_trained(path, estimator)
-        self._keep_given(trained.settings)
-        taken = {key: value for key, value in trained.settings.items() if value != self.hparams[key]}
-        if taken:
-            logger.info("Settings taken from %s: %s.", path, taken)
-        self.hparams.update({"checkpoint": None})  # its content is saved with this model: the file is not needed again
-        self._adopt(trained.settings)
-        if trained.pre_processor and not own_pre_processor and isinstance(self.pre_processor, PreProcessor):
-            self.pre_processor.load_checkpoint_config(trained.pre_processor)
-        try:
-            self.model.load_state_dict(trained.model)
-            if isinstance(self.post_processor, RankKeepingPostProcessor):
-                self.post_processor.load_state_dict(trained.post_processor, strict=False)
-        except RuntimeError as error:
-            msg = f"{path} does not fit this version of ResAD: {error}"
-            raise ValueError(msg) from error
+def restore(module: Any, checkpoint: dict[str, Any], given: dict[str, Any]) -> bool:  # noqa: ANN401
+    """Make a model fit a checkpoint that Lightning is about to load, also one of an earlier version.
 
-    def _keep_given(self, settings: dict[str, Any]) -> None:
-        """Put what the constructor was given for the enrollment before a checkpoint's ``settings``."""
-        if settings and self.given_rotations is not None:
-            settings["rotations"] = self.given_rotations
+    Args:
+        module (Any): The ResAD that is restored.
+        checkpoint (dict[str, Any]): The checkpoint; its state dict gets this version's names.
+        given (dict[str, Any]): As of :func:`start_from`.
 
-    def _adopt(self, settings: dict[str, Any]) -> None:
-        """Build the torch model with a checkpoint's settings; the checkpoint brings the backbone's weights."""
-        self.hparams.update(settings)
-        self.model = self._build()
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
-        super().on_load_checkpoint(checkpoint)
-        self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
-        settings = architecture(checkpoint.get("hyper_parameters", {}))
-        self._keep_given(settings)
-        other = {key: value for key, value in settings.items() if value != self.hparams.get(key)}
-        if other:
-            logger.warning("The checkpoint was made with %s; these settings are used.", other)
-            self._adopt(settings)
-            self.model.to(self.device)
+    Returns:
+        bool: Whether the model was built anew, with other settings than the constructor was given.
+    """
+    settings = built_with(checkpoint.get("hyper_parameters", {}))
+    checkpoint["state_dict"] = upgrade_state(checkpoint["state_dict"], settings.get("estimator", ""))
+    if settings and given["rotations"] is not None:
+        settings["rotations"] = given["rotations"]
+    other = {name: value for name, value in settings.items() if value != module.hparams.get(name)}
+    if not other:
+        return False
+    logger.warning("The checkpoint was made with %s; these settings are used.", other)
+    adopt(module, settings, given)
+    return True

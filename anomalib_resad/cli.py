@@ -14,11 +14,11 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from anomalib_resad.deploy.bundle import write_whole
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
-from anomalib_resad.enrollment import Rotations
-from anomalib_resad.photo_files import PhotoError, photo_files, read_pixels
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import PhotoError, list_photos, read_pixels
+from anomalib_resad.enrollment.rotations import Rotations
 
 console = Console()
 
@@ -37,7 +37,7 @@ def export(
         precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
     """
-    from anomalib_resad.deploy.export import export_bundle  # noqa: PLC0415  # PyTorch
+    from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
 
     with Console(stderr=True).status("Exporting"):
         export_bundle(checkpoint, output, precision, calibration)
@@ -66,7 +66,7 @@ def parity(
         output: JSON file to write, too.
         most: Photos to take, evenly spaced.
     """
-    from anomalib_resad.deploy.parity import parity as compare  # noqa: PLC0415  # PyTorch
+    from anomalib_resad.export.parity import parity as compare  # noqa: PLC0415  # PyTorch
 
     compare(checkpoint, references, photos, calibration, output, most)
 
@@ -91,8 +91,9 @@ def enroll(
         max_patches: Most rows of a level; by default all are kept.
         threshold: The product's own threshold, on the scale of the raw score.
         mode: What to do: a new product, more photos for one, or one instead of another.
-        rotations: How many ways round each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the photos
-            lie turned to each other. By default what the model was made with. Photos that are added follow the others.
+        rotations: In how many orientations each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the
+            photos are rotated to each other. By default what the model was made with. Photos that are added follow the
+            others.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
     with Console(stderr=True).status("Enrolling"):
@@ -101,8 +102,8 @@ def enroll(
         else:
             bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations)
     names = ", ".join(reference.name for reference in bank.references)
-    turns = f", {bank.rotations} ways round" if bank.rotations > 1 else ""
-    count = f"{len(bank.references)} photos{turns}"
+    orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
+    count = f"{len(bank.references)} photos{orientations}"
     console.print(f"{escape(product)}: {count}, {bank.size / 1e6:.1f} MB ({escape(names)}).")
 
 
@@ -144,7 +145,7 @@ def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path 
     """
     inferencer = ResADInferencer(bundle, banks=banks)
     inferencer.bank(product)
-    paths = photo_files(photos)
+    paths = list_photos(photos)
     root = photos if photos.is_dir() else photos.parent
     rows: list[dict[str, Any]] = []
     problems = []

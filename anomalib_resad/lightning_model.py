@@ -6,17 +6,18 @@ Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection
 "ResAD++: Towards Class Agnostic Anomaly Detection via Residual Feature Learning", IJCV 2026, arXiv 2509.23741.
 
 Two phases, one model. Without ``checkpoint`` it trains on the source categories of
-:class:`~anomalib_resad.datamodule.CrossCategory`, or on one category with synthetic defects. With ``checkpoint`` there
-is nothing to train: `fit` and `train` enroll a new category from a few good photos, in seconds.
+:class:`~anomalib_resad.CrossCategory`, or on one category with synthetic defects. With ``checkpoint`` there is nothing
+to train: `fit` and `train` enroll a new category from a few good photos, in seconds.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.deploy import CompressionType
 from anomalib.metrics import Evaluator
 from anomalib.models import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -24,87 +25,77 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.types import STEP_OUTPUT
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
-from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_resad.backbone import choose_layers, describe
-from anomalib_resad.calibration import check_rate
-from anomalib_resad.callback import FewShotReferences
-from anomalib_resad.checkpoint import CheckpointMixin
-from anomalib_resad.constraintor import ConstraintorKind
-from anomalib_resad.enrollment import Rotations, check_rotations
-from anomalib_resad.epoch_seeds import EpochSeeds
-from anomalib_resad.exporting import ExportMixin
-from anomalib_resad.loss import OneClass, PushPull
+from anomalib_resad.checkpoint import load_checkpoint, restore, start_from
+from anomalib_resad.enrollment.calibration import check_rate
+from anomalib_resad.enrollment.rotations import Rotations, check_rotations
+from anomalib_resad.export.anomalib_export import calibration_photos, check_compression, write_thresholds
+from anomalib_resad.few_shot_references import DEFAULT_SHOTS, FewShotReferences
+from anomalib_resad.method.backbone import choose_layers
+from anomalib_resad.method.constraintor import ConstraintorKind
+from anomalib_resad.method.distributed import average_batch_norms
+from anomalib_resad.method.loss import OneClass, PushPull
+from anomalib_resad.method.presets import SETTINGS, EstimatorKind, Variant, resolve
+from anomalib_resad.method.reference_bank import Metric
+from anomalib_resad.method.residual_flow import Residual
 from anomalib_resad.post_processor import RankKeepingPostProcessor
-from anomalib_resad.pre_processor import ExactPreProcessor
-from anomalib_resad.reference_bank import Metric
-from anomalib_resad.synthetic import SyntheticDefects
-from anomalib_resad.torch_model import Estimator, Residual
-from anomalib_resad.training_steps import TrainingMixin
-from anomalib_resad.variants import Variant, resolve
-
-logger = logging.getLogger(__name__)
+from anomalib_resad.pre_processor import resize_and_normalize
+from anomalib_resad.torch_model import BUILD_ARGUMENTS, ResADModel, build, fit_to_backbone
+from anomalib_resad.training.epoch_seeds import EpochSeeds
+from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of
+from anomalib_resad.training.source_photos import SourceBatch
+from anomalib_resad.training.source_references import SourceReferences, validates_on_source
 
 
-class ResAD(TrainingMixin, CheckpointMixin, ExportMixin, AnomalibModule):
+class ResAD(AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
-    ``variant`` chooses the method, this package's default or a published one. Arguments that are left at ``None`` take
-    the variant's value; for the published ones it is given in the descriptions, as ResAD / ResAD++.
+    ``variant`` chooses the method: this package's default ``fused``, or a published one. Arguments that are left at
+    ``None`` take the method's value, given below as fused / resad / resad++, or - where a method does not have the
+    argument; then it is refused.
 
     Args:
         backbone (str): timm model name of the frozen feature extractor.
-        layers (Sequence[str] | None): Levels of the backbone, as timm names them; by default the strides 4, 8 and 16 of
-            a pyramid, and the blocks at the quarters of a vision transformer's depth.
+        layers (Sequence[str] | None): Levels, as timm names them; by default a pyramid's strides 4, 8 and 16, or the
+            blocks at the quarters of a vision transformer's depth.
         weights (Path | str | None): Local file with the backbone's weights (a timm state dict).
         pre_trained (bool): Use timm's pretrained weights if there is no ``weights``.
-        k_shot (int): Reference photos of a category; 2 or 4 in the paper.
+        k_shot (int | None): Reference photos of a category; by default all of ``references``, else 4.
         references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.
         reference_seed (int): Seed of the draws of references.
-        false_alarm_rate (float | None): Wished share of good photos above the threshold. The enrolled product then gets
-            a threshold of its own, from its references alone: each is scored against the others. ``None`` uses the
-            stored threshold as it is.
-        checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll, and the
-            backbone and the method's settings are the checkpoint's.
-        variant (Variant): ``"fused"``, fast and with little training; ``"resad"`` (conference paper) or ``"resad++"``
-            (its successor).
-        match (Metric | None): Nearest reference by ``"l2"`` / ``"cosine"``.
-        residual (Residual | None): ``"difference"`` / ``"squared"``, or ``"none"`` for plain features.
-        constraintor (ConstraintorKind | None): ``"conv_bn_relu"`` in both, but ``"mlp"`` where the backbone is a
-            vision transformer; or another of the papers' ablation. The default has none.
-        occ (OneClass | None): The constraintor's loss, ``"abnormal_invariant"`` / ``"log_barrier_bidirectional"``; the
-            others are these without their abnormal term and without their second side, and ``"none"``.
-        coupling_layers (int | None): Coupling layers of each flow, 8 / 10.
-        position_channels (int | None): Channels of the flow's position condition, 256 in both; 0 for none.
-        codebook_size (int | None): Codes of normal residuals per level, 0 / 1536; 0 for no codebook.
-        efdm (float | None): Share of the way from the residuals' distribution to that of their codes (exact feature
-            distribution matching), 0 / 0.6; 0 for none.
-        abnormal_gaussian (bool | None): Whether the flow also learns abnormal patches, as a second Gaussian whose
-            probability is half of the anomaly map; no / yes.
-        push_pull (PushPull | None): The flow's terms, ``"hinge"`` (maximum likelihood and BGAD's semi-push-pull) /
-            ``"log_barrier"`` (the log-sigmoid forms of both).
-        warmup (float | None): Share of the training in which the flows learn the likelihood of normal patches alone,
-            0 / 0.1. A share, and counted in batches, so that short trainings warm up too; 10 of 100 epochs as
-            published.
-        estimator (Estimator | None): ``"flow"`` in both, ``"fused"`` (a small head) in the default, or ``"distance"``
-            for the plain nearest-neighbor distance, which needs no training.
-        projection (int | None): Channels of the keys by which joined levels are matched, 64 in the default; 0 in
-            both, which match each level by itself.
-        synthetic (float | None): Share of good training images that get a painted defect, 0.5 in the default, 0 in
-            both. Where there are no real defects, half of the images get one in any case.
-        rotations (Rotations | None): Turns of each reference photo that the bank knows: 8 for every 45 degrees, 1 for
-            none, as in both. ``"auto"``, the default's, turns them where they lie turned to each other, so that the
-            orientation cannot be a defect; one photo alone is left as it is. A checkpoint's where one is given.
+        false_alarm_rate (float | None): Target share of good photos above the threshold. The product then gets a
+            threshold of its own, from its references alone. ``None`` uses the stored threshold.
+        checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll; the backbone
+            and the method's settings are the checkpoint's.
+        variant (Variant): ``"fused"``, ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
+        estimator (EstimatorKind | None): ``"distance"`` for the plain distance to the nearest reference, which needs no
+            training; head / flow / flow.
+        match (Metric | None): Nearest reference by ``"l2"`` or ``"cosine"``; cosine / l2 / cosine.
+        projection (int | None): Channels of the keys by which joined levels are matched, 0 to match each level by
+            itself; 64 / 0 / 0.
+        residual (Residual | None): - / difference / squared; or ``"none"`` for plain features.
+        constraintor (ConstraintorKind | None): - / conv_bn_relu / conv_bn_relu, but ``"mlp"`` for vision transformers.
+        occ (OneClass | None): The constraintor's loss; - / abnormal_invariant / log_barrier_bidirectional.
+        coupling_layers (int | None): Coupling layers of each flow; - / 8 / 10.
+        position_channels (int | None): Channels of the flow's position condition, 0 for none; - / 256 / 256.
+        codebook_size (int | None): Codes of normal residuals per level, 0 for no codebook; - / 0 / 1536.
+        efdm (float | None): Share of the way from the residuals' distribution to that of their codes; - / 0 / 0.6.
+        abnormal_gaussian (bool | None): Learn abnormal patches too, as a second Gaussian; - / false / true.
+        push_pull (PushPull | None): The flow's terms; - / hinge (BGAD's semi-push-pull) / log_barrier.
+        push_pull_weight (float | None): Weight of the semi-push-pull terms (lambda of the paper); - / 1 / 1.
+        warmup (float | None): Share of the training on the likelihood of normal patches alone; - / 0 / 0.1.
+        flow_batch_size (int | None): Most patch vectors of a level in one flow step; - / 8192 / 8192.
+        flow_steps (int | None): Most flow steps per batch; by default as many as use every patch once.
+        synthetic (float | None): Share of good training images that get a painted defect; 0.5 / 0 / 0. Where there are
+            no real defects it is 0.5 at least.
+        rotations (Rotations | None): Orientations of each reference photo: 8 for every 45 degrees, 1 for the photo
+            alone, ``"auto"`` for 8 where the photos are rotated to each other; auto / 1 / 1.
+        lr (float | None): Learning rate of Adam, x 0.1 after 70 % and 90 % of the epochs; 3e-4 / 1e-5 / 1e-5.
+        weight_decay (float | None): Weight decay of Adam; 5e-4.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
-        push_pull_weight (float): Weight of the semi-push-pull terms (lambda of the paper).
-        lr (float | None): Learning rate of Adam, 3e-4 in the default, 1e-5 in both; x 0.1 after 70 % and 90 % of the
-            epochs.
-        weight_decay (float): Weight decay of Adam.
-        flow_batch_size (int): Most patch vectors of a level in one flow step.
-        flow_steps (int | None): Most flow steps per batch of images; ``None`` uses every patch, as the paper.
         cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
         image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
         pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
@@ -117,19 +108,23 @@ class ResAD(TrainingMixin, CheckpointMixin, ExportMixin, AnomalibModule):
         FileNotFoundError: If the checkpoint is missing.
     """
 
+    model: ResADModel
+
     def __init__(
         self,
         backbone: str = "wide_resnet50_2",
         layers: Sequence[str] | None = None,
         weights: Path | str | None = None,
         pre_trained: bool = True,
-        k_shot: int = 4,
+        k_shot: int | None = None,
         references: Path | str | None = None,
         reference_seed: int = 0,
         false_alarm_rate: float | None = None,
         checkpoint: Path | str | None = None,
         variant: Variant = "fused",
+        estimator: EstimatorKind | None = None,
         match: Metric | None = None,
+        projection: int | None = None,
         residual: Residual | None = None,
         constraintor: ConstraintorKind | None = None,
         occ: OneClass | None = None,
@@ -139,17 +134,15 @@ class ResAD(TrainingMixin, CheckpointMixin, ExportMixin, AnomalibModule):
         efdm: float | None = None,
         abnormal_gaussian: bool | None = None,
         push_pull: PushPull | None = None,
+        push_pull_weight: float | None = None,
         warmup: float | None = None,
-        estimator: Estimator | None = None,
-        projection: int | None = None,
+        flow_batch_size: int | None = None,
+        flow_steps: int | None = None,
         synthetic: float | None = None,
         rotations: Rotations | None = None,
-        sigma: float = 4.0,
-        push_pull_weight: float = 1.0,
         lr: float | None = None,
-        weight_decay: float = 5e-4,
-        flow_batch_size: int = 8192,
-        flow_steps: int | None = None,
+        weight_decay: float | None = None,
+        sigma: float = 4.0,
         cache_gb: float = 4.0,
         image_size: tuple[int, int] = (224, 224),
         pre_processor: PreProcessor | bool = True,
@@ -160,70 +153,47 @@ class ResAD(TrainingMixin, CheckpointMixin, ExportMixin, AnomalibModule):
         if false_alarm_rate is not None:
             check_rate(false_alarm_rate)
         check_rotations(1 if rotations is None else rotations)
-        self.given_rotations = rotations
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
         super().__init__(pre_processor, post_processor, evaluator, visualizer)
         # Plain types only: a checkpoint is loaded with weights_only=True.
         self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": list(image_size)})
-        self.hparams.update(resolve(variant, self.hparams))
-        if constraintor is None and self.hparams["constraintor"] != "none" and describe(backbone).is_transformer:
-            self.hparams.update({"constraintor": "mlp"})  # its patches are no local pattern for a convolution
+        self._given = {name: self.hparams[name] for name in SETTINGS}
         if checkpoint is None:
-            self.model = self._build()
+            self.hparams.update(fit_to_backbone(resolve(variant, self._given), backbone, self._given))
+            self.model = build(self.hparams, **{name: self.hparams[name] for name in BUILD_ARGUMENTS})
         else:
-            self._start_from(Path(checkpoint), estimator, own_pre_processor)
-        self.is_trainable = checkpoint is None and self.hparams["estimator"] != "distance"
+            start_from(self, Path(checkpoint), self._given, own_pre_processor)
+        self.is_trainable = checkpoint is None and self.model.estimator.trains
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
-        # References of each image of the current batch, set by FewShotReferences; None where the bank is used.
-        self.batch_references: list[list[Tensor]] | None = None
-        # Features of the current training batch, from the same place.
-        self.batch_features: list[Tensor] | None = None
-        # Names of its images, other ones for those that SyntheticDefects painted on.
-        self.batch_versions: list[str] | None = None
-        self.keeps_bank = False
+        self.source = self._make_source()
+        self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
 
     # -- components ---------------------------------------------------------------------------------------------------
 
+    def _make_source(self) -> SourceReferences:
+        shots, share = self.hparams["k_shot"] or DEFAULT_SHOTS, self.hparams["synthetic"] or 0.0
+        return SourceReferences(shots, self.hparams["reference_seed"], self.hparams["cache_gb"], share)
+
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> PreProcessor:
-        """Resize with antialiasing (in exports too) and normalize as the backbone's pretrained weights expect it.
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width; 224 x 224 by default.
-            backbone (str | None): timm model name; ImageNet statistics by default.
-        """
-        mean: Sequence[float] = describe(backbone).mean if backbone else IMAGENET_DEFAULT_MEAN
-        std: Sequence[float] = describe(backbone).std if backbone else IMAGENET_DEFAULT_STD
-        return ExactPreProcessor(
-            Compose(
-                [
-                    Resize(image_size or (224, 224), antialias=True),
-                    Normalize(mean=list(mean), std=list(std)),
-                ]
-            )
-        )
+        """See :func:`~anomalib_resad.pre_processor.resize_and_normalize`."""
+        return resize_and_normalize(image_size, backbone)
 
     def configure_post_processor(self) -> PostProcessor:
         """Keep the ranking of the scores and, when a category is enrolled, the trained threshold."""
         return RankKeepingPostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Put the synthetic defects before the pre-processor, the references behind it, and what seeds both first."""
+        """Anomalib's components, the seeds before them, and the enrollment right behind the pre-processor."""
         components = super().configure_callbacks()
         assert isinstance(components, list)
-        references = FewShotReferences(
-            self.hparams["k_shot"],
-            self.hparams["references"],
-            self.hparams["reference_seed"],
-            cache_gb=self.hparams["cache_gb"],
-            false_alarm_rate=self.hparams["false_alarm_rate"],
-        )
-        defects = SyntheticDefects(self.hparams["synthetic"], self.hparams["reference_seed"], references.cache)
-        return [EpochSeeds(), defects, *components[:1], references, *components[1:]]
+        names = ("k_shot", "references", "reference_seed", "false_alarm_rate")
+        references = FewShotReferences(*(self.hparams[name] for name in names))
+        return [EpochSeeds(), *components[:1], references, *components[1:]]
 
     @property
     def learning_type(self) -> LearningType:
@@ -234,26 +204,139 @@ class ResAD(TrainingMixin, CheckpointMixin, ExportMixin, AnomalibModule):
     def trainer_arguments(self) -> dict[str, Any]:
         """With nothing left to train, one step of one epoch, so that `fit` enrolls, validates and saves."""
         arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "gradient_clip_val": 0}
-        if not self.is_trainable:
-            arguments.update({"max_epochs": 1, "limit_train_batches": 1})
-        return arguments
+        return arguments if self.is_trainable else arguments | {"max_epochs": 1, "limit_train_batches": 1}
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # -- training and validation --------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Prepare a distributed training: constraintor and flow have steps of their own, in which the other is idle."""
+        """Prepare a distributed training, whose steps leave parts of the model idle; take over the source photos."""
         super().setup(stage)
         if isinstance(self.trainer.strategy, DDPStrategy):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+        if stage == "fit" and self.is_trainable:
+            self.source.take_over(getattr(self.trainer, "datamodule", None))
+
+    def teardown(self, stage: str) -> None:
+        """Give the source photos back to their datamodule, and free what was kept of them."""
+        super().teardown(stage)
+        if stage == "fit":
+            self.source.give_back(getattr(self.trainer, "datamodule", None))
+            self.source.stop()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """See :func:`~anomalib_resad.training.optimizer.adam_with_milestones`; nothing where there is no training."""
+        if not self.is_trainable:
+            return None
+        lr, weight_decay = self.hparams["lr"], self.hparams["weight_decay"]
+        return adam_with_milestones(self.model.estimator, lr, weight_decay, self.trainer.max_epochs)
+
+    def on_train_start(self) -> None:
+        """Compute the features of the source photos that are kept."""
+        if self.is_trainable:
+            self.source.start(self.trainer, self.model, self.pre_processor)
+
+    def training_step(self, batch: SourceBatch | ImageBatch, batch_idx: int = 0) -> STEP_OUTPUT:
+        """The estimator's steps of one batch, optimized by hand."""
+        if not self.is_trainable:
+            return torch.zeros((), device=self.device, requires_grad=True)
+        features, references, mask = self.source.prepare(batch, self.current_epoch)
+        done = self.current_epoch + batch_idx / self.trainer.num_training_batches
+        optimizer: Any = self.optimizers()
+        losses: dict[str, Tensor] = {}
+        for losses in self.model.losses(features, references, mask, done / epochs_of(self.trainer.max_epochs)):
+            optimizer.zero_grad()
+            self.manual_backward(torch.stack([*losses.values()]).sum())
+            optimizer.step()
+        average_batch_norms(self.model.estimator.modules())
+        logged = {f"train_{name}": loss.detach() for name, loss in losses.items()}
+        self.log_dict(logged, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(references))
+        return None
+
+    def on_train_epoch_end(self) -> None:
+        """Step the learning rate, which Lightning leaves to models that optimize by hand."""
+        scheduler: Any = self.lr_schedulers()
+        if self.is_trainable and scheduler is not None:
+            scheduler.step()
+
+    def on_validation_start(self) -> None:
+        """Draw the references of held-out images anew in a validation by itself: the weights may be others."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.source.forget_held_out()
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
         del args, kwargs
         assert batch.image is not None
-        if self.batch_references is None:
-            predictions = self.model(batch.image)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if validates_on_source(datamodule):
+            assert batch.image_path is not None
+            rotations = self.hparams["rotations"]
+            rows = self.source.held_out(batch.image_path, datamodule, self.model, self.pre_processor, rotations)
+            predictions = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
         else:
-            features = self.model.encode(batch.image)
-            matched = self.model.match_each(features, self.batch_references)
-            predictions = self.model.score(features, matched, batch.image.shape[-2:])
+            predictions = self.model(batch.image)
         return batch.update(**predictions._asdict())
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""
+        super().on_load_checkpoint(checkpoint)
+        if restore(self, checkpoint, self._given):
+            self.model.to(self.device)
+            self.source = self._make_source()
+        self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Path | str, **kwargs: Any) -> "ResAD":  # type: ignore[override]  # noqa: ANN401
+        """Restore a checkpoint, also one of an earlier version; arguments and errors as of :func:`load_checkpoint`."""
+        upgraded = load_checkpoint(checkpoint_path)["hyper_parameters"]
+        return super().load_from_checkpoint(checkpoint_path, **{name: upgraded[name] for name in SETTINGS} | kwargs)
+
+    # -- anomalib's exports; `export.edge_bundle` has the one that enrolls products on the device ---------------------
+
+    def to_openvino(  # type: ignore[override]
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        compression_type: CompressionType | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Path:
+        """Export to OpenVINO as anomalib does, in a form that every device computes in float32.
+
+        Where OpenVINO chooses bfloat16 by itself, a plain export finds other references and other maps. ``INT8_PTQ``
+        quantizes the backbone's convolutions alone. The thresholds are written beside the model. See anomalib's method
+        for the arguments.
+
+        Raises:
+            ValueError: If ``compression_type`` is ``INT8`` or ``INT8_ACQ``, or ``INT8_PTQ`` finds nothing to quantize.
+        """
+        check_compression(compression_type)
+        # anomalib's opset 14 fails and falls back to 18, with a traceback.
+        kwargs["onnx_kwargs"] = {"opset_version": 18} | (kwargs.get("onnx_kwargs") or {})
+        path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
+        from anomalib_resad.export.openvino_float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+
+        rewrite_in_float32(path)
+        write_thresholds(path, self.model, self.pre_processor, self.post_processor)
+        return path
+
+    @staticmethod
+    def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
+        """Quantize the backbone alone, on the datamodule's good training photos."""
+        photos = calibration_photos(datamodule)
+        from anomalib_resad.export.openvino_float32 import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
+
+        return quantize_backbone(model, photos)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401
+        """Export to ONNX as anomalib does, with the thresholds beside it."""
+        path = super().to_onnx(*args, **kwargs)
+        write_thresholds(path, self.model, self.pre_processor, self.post_processor)
+        return path

@@ -4,11 +4,11 @@
 
 from anomalib import models
 
-from anomalib_resad.callback import FewShotReferences
-from anomalib_resad.datamodule import CrossCategory
+from anomalib_resad.data.cross_category import CrossCategory
+from anomalib_resad.data.product_folder import ProductFolder
+from anomalib_resad.few_shot_references import FewShotReferences
 from anomalib_resad.lightning_model import ResAD
-from anomalib_resad.product_folder import ProductFolder
-from anomalib_resad.reference_bank import ReferenceBank
+from anomalib_resad.method.reference_bank import ReferenceBank
 from anomalib_resad.torch_model import ResADModel
 
 __all__ = ["CrossCategory", "FewShotReferences", "ProductFolder", "ReferenceBank", "ResAD", "ResADModel"]

@@ -12,8 +12,9 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from anomalib_resad.calibration import Thresholds, least_rate, pooled_spread, product_threshold
-from anomalib_resad.distributed import is_distributed
+from anomalib_resad.enrollment.calibration import least_rate, pooled_spread, product_threshold
+from anomalib_resad.enrollment.thresholds import Thresholds, normalize, product_map_threshold
+from anomalib_resad.method.distributed import is_distributed
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,9 @@ class RankKeepingPostProcessor(PostProcessor):
     Residual scores share one scale for all products, so a model that was trained elsewhere keeps the threshold and
     the range of its source categories: enrolling a product must not learn them from that product's labeled images.
 
-    A product may have thresholds of its own (:meth:`calibrate`), which stand in for those of the source and leave them
-    as they are. What a product's few scores hardly tell, how far good photos scatter, is learned with the threshold.
+    A product may have thresholds of its own (:meth:`calibrate`), which are used instead of the source's and leave those
+    as they are. A few scores of a product hardly tell how far its good photos scatter. So this spread is learned on
+    the source categories, together with the threshold.
 
     Attributes:
         product_threshold (Tensor): Raw threshold of the enrolled product's scores; NaN for the source's.
@@ -63,18 +65,20 @@ class RankKeepingPostProcessor(PostProcessor):
 
     @property
     def pixel_threshold(self) -> Tensor:
-        """Raw threshold of the maps. It moves with that of the scores, which are maxima of maps, or nearly."""
-        source = super().pixel_threshold
-        moved = source + self.product_threshold - super().image_threshold
-        moved = torch.where(torch.isnan(moved), self.product_threshold, moved)  # no source was learned from
-        return torch.where(torch.isnan(self.product_threshold), source, moved)
+        """Raw threshold of the maps; see :func:`~anomalib_resad.enrollment.thresholds.product_map_threshold`."""
+        return product_map_threshold(super().pixel_threshold, super().image_threshold, self.product_threshold, torch)
+
+    @property
+    def source_thresholds(self) -> tuple[Tensor, Tensor]:
+        """Raw thresholds of scores and maps that were learned on the source categories."""
+        return super().image_threshold, super().pixel_threshold
 
     def calibrate(self, scores: Sequence[float], rate: float) -> None:
         """Give the enrolled product a threshold of its own; see :func:`calibration.product_threshold`.
 
         Args:
             scores (Sequence[float]): Raw leave-one-out scores of its reference photos.
-            rate (float): Wished false-alarm rate.
+            rate (float): Target false-alarm rate.
         """
         if len(scores) < 2:
             logger.warning(
@@ -88,8 +92,8 @@ class RankKeepingPostProcessor(PostProcessor):
         self.product_threshold.fill_(product_threshold(scores, self.spread.item(), rate))
         if rate < least_rate(len(scores)):
             logger.warning(
-                "%d reference photos cannot show a false-alarm rate under %.0f %%; for the wished %g %% %s. Check the "
-                "labels on good photos, or enroll more.",
+                "%d reference photos cannot show a false-alarm rate under %.0f %%; for the target of %g %% %s. "
+                "Check the labels on good photos, or enroll more.",
                 len(scores),
                 100 * least_rate(len(scores)),
                 100 * rate,
@@ -109,7 +113,7 @@ class RankKeepingPostProcessor(PostProcessor):
             pixel_threshold=self.pixel_threshold.item(),
             image_range=(self.image_min.item(), self.image_max.item()),
             pixel_range=(self.pixel_min.item(), self.pixel_max.item()),
-            source_threshold=super().image_threshold.item(),
+            source_threshold=self.source_thresholds[0].item(),
             spread=self.spread.item(),
             leave_one_out=tuple(scores),
         )
@@ -173,12 +177,4 @@ class RankKeepingPostProcessor(PostProcessor):
         norm_max: Tensor,
         threshold: Tensor,
     ) -> Tensor | None:
-        if preds is None:
-            return None
-        threshold = torch.where(torch.isnan(threshold), (norm_max + norm_min) / 2, threshold)
-        value_range = norm_max - norm_min
-        has_range = ~torch.isnan(norm_min) & ~torch.isnan(norm_max)
-        u = 2 * (preds - threshold) / torch.where(value_range > 0, value_range, torch.ones_like(value_range))
-        # Without a range the scale stays; without a threshold its zero stays too.
-        u = torch.where(has_range, u, preds - torch.nan_to_num(threshold))
-        return 0.5 + u / (2 * (1 + u.abs()))
+        return None if preds is None else normalize(preds, threshold, norm_min, norm_max, torch)

@@ -7,10 +7,15 @@ the input is then sampled differently than in evaluation, and its patches differ
 bilinear resizing is linear and separable, so it can be written as two matrix products, which every runtime has.
 """
 
+from collections.abc import Sequence
+
 import torch
 from anomalib.pre_processing import PreProcessor
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize, Transform
+
+from anomalib_resad.method.backbone import describe
 
 
 def resize_weights(inputs: int, outputs: int, like: Tensor) -> Tensor:
@@ -81,3 +86,16 @@ class ExactPreProcessor(PreProcessor):
         """Restore the transform, and with it the export's."""
         super().load_checkpoint_config(config)
         self.export_transform = _exact(self.transform, self.export_transform)
+
+
+def resize_and_normalize(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> ExactPreProcessor:
+    """Resize with antialiasing and normalize as the backbone's pretrained weights expect it.
+
+    Args:
+        image_size (tuple[int, int] | None): Height and width; 224 x 224 by default.
+        backbone (str | None): timm model name; ImageNet statistics by default.
+    """
+    mean: Sequence[float] = describe(backbone).mean if backbone else IMAGENET_DEFAULT_MEAN
+    std: Sequence[float] = describe(backbone).std if backbone else IMAGENET_DEFAULT_STD
+    resize = Resize(image_size or (224, 224), antialias=True)
+    return ExactPreProcessor(Compose([resize, Normalize(mean=list(mean), std=list(std))]))

@@ -14,7 +14,7 @@ from anomalib.data.datasets.video.shanghaitech import make_shanghaitech_dataset
 from anomalib.data.utils import Split
 
 from anomalib_resad import ProductFolder
-from anomalib_resad.product_folder import SamplesDataset
+from anomalib_resad.data.product_folder import SamplesDataset
 
 
 class MVTec3DColor(MVTec3D):

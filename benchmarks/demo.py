@@ -14,7 +14,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from anomalib_resad import ProductFolder
-from anomalib_resad.backbone import FeaturePyramid
+from anomalib_resad.method.backbone import FeaturePyramid
 from benchmarks.leaderboard import main as leaderboard
 from benchmarks.products import PRODUCTS, make_product
 from benchmarks.quiet import ask_cache_if_offline, quiet_lightning

@@ -24,8 +24,8 @@ from rich.table import Table
 
 from anomalib_resad.deploy.bundle import write_whole
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.enrollment import TURNS
-from anomalib_resad.photo_files import photo_files, read_pixels
+from anomalib_resad.enrollment.photos import photo_files, read_pixels
+from anomalib_resad.enrollment.rotations import TURNS
 
 REPEATS = 7
 PATCHCORE_SIZE = (224, 224)
@@ -213,8 +213,8 @@ def run(
         predictions: Predictions over 20 products.
     """
     from anomalib_resad import ResAD  # noqa: PLC0415  # PyTorch
-    from anomalib_resad.deploy.export import convert, load_model, write_bundle  # noqa: PLC0415
-    from anomalib_resad.deploy.parity import compare, table  # noqa: PLC0415
+    from anomalib_resad.export.edge_bundle import convert, load_model, write_bundle  # noqa: PLC0415
+    from anomalib_resad.export.parity import compare, table  # noqa: PLC0415
     from benchmarks.settings import cpu  # noqa: PLC0415
 
     output.mkdir(parents=True, exist_ok=True)

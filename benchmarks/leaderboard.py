@@ -24,9 +24,9 @@ from lightning.pytorch import seed_everything
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from anomalib_resad import CrossCategory
-from anomalib_resad.backbone import FeaturePyramid
-from anomalib_resad.datamodule import category_name, split_categories
-from anomalib_resad.photos import content_hash
+from anomalib_resad.data.cross_category import category_name, split_categories
+from anomalib_resad.enrollment.draws import content_hash
+from anomalib_resad.method.backbone import FeaturePyramid
 from benchmarks.cells import CLEAN, Cell, append_cell, key, read_cells
 from benchmarks.maps import save_maps, slug
 from benchmarks.measure import PeakMemory, latency, quality, state_bytes

@@ -20,8 +20,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.progress import Progress, TaskID
 
 from anomalib_resad import CrossCategory
-from anomalib_resad.backbone import check_state_dict
-from anomalib_resad.safe_load import load_weights_only
+from anomalib_resad.method.backbone import check_state_dict
+from anomalib_resad.method.safe_load import load_weights_only
 
 NETWORK_ERRORS = ("URLError", "ConnectionError", "ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
                   "gaierror", "HTTPError", "MaxRetryError", "ConnectTimeout", "ProxyError")  # fmt: skip

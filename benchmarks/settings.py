@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from anomalib_resad.photos import content_hash
+from anomalib_resad.enrollment.draws import content_hash
 
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "FrEIA", "lightning", "torchmetrics", "anomalib-resad")
 # What may grow when a leaderboard goes on: each cell stands for itself.

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torchvision.utils import save_image
 
 from anomalib_resad import ResAD
-from anomalib_resad.embedding import distance_within
-from anomalib_resad.enrollment import TURNS, Rotations, enrolled_rows
-from anomalib_resad.reference_bank import to_rows
-from anomalib_resad.variants import VARIANTS
+from anomalib_resad.enrollment.rotations import TURNS, Rotations, enrolled_rows
+from anomalib_resad.method.joined_levels import distance_within
+from anomalib_resad.method.presets import VARIANTS
+from anomalib_resad.method.reference_bank import to_rows
 from benchmarks.measure import PeakMemory
 from benchmarks.settings import PACKAGES, cpu, write_whole
 
@@ -126,7 +126,7 @@ def openvino_rows(
     """Times per batch of the exports, pre-processing inside, against the backbone exported alone in that precision."""
     import openvino as ov  # noqa: PLC0415  # an extra
 
-    from anomalib_resad.precision import quantize_encoder  # noqa: PLC0415
+    from anomalib_resad.export.openvino_float32 import quantize_encoder  # noqa: PLC0415
 
     core = ov.Core()
     rows: list[Row] = []

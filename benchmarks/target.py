@@ -7,7 +7,7 @@ import copy
 from anomalib.data import AnomalibDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from anomalib_resad.photos import draw_references, seeded
+from anomalib_resad.enrollment.draws import draw_references, seeded
 from benchmarks.cells import CLEAN, Cell
 from benchmarks.perturbations import BAD_REFERENCE, perturbation
 

@@ -23,10 +23,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from anomalib_resad import CrossCategory, ResAD
-from anomalib_resad.datamodule import split_categories
-from anomalib_resad.leave_one_out import reference_scores
-from anomalib_resad.photos import content_hash, seeded
+from anomalib_resad.data.cross_category import split_categories
+from anomalib_resad.enrollment.draws import content_hash, seeded
 from anomalib_resad.post_processor import RankKeepingPostProcessor
+from anomalib_resad.reference_rows import reference_scores
 from benchmarks.cells import Cell, append_cell, key, read_cells
 from benchmarks.measure import pixel_quality
 from benchmarks.methods import engine

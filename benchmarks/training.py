@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from anomalib_resad import CrossCategory, ResAD
-from anomalib_resad.datamodule import split_categories
+from anomalib_resad.data.cross_category import split_categories
 from benchmarks.methods import engine
 from benchmarks.quiet import quiet_lightning
 from benchmarks.settings import PACKAGES, cpu, write_whole

@@ -14,7 +14,7 @@ from PIL import Image
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.deploy import ResADInferencer
-from anomalib_resad.deploy.export import export_bundle
+from anomalib_resad.export.edge_bundle import export_bundle
 from benchmarks.products import make_product
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

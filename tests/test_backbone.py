@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from anomalib_resad.backbone import FeaturePyramid
+from anomalib_resad.method.backbone import FeaturePyramid
 from tests.conftest import SHARED
 
 LAYERS = ("layer1", "layer2", "layer3")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from anomalib_resad import ResAD
-from anomalib_resad.backbone import FeaturePyramid, choose_layers, describe
+from anomalib_resad.method.backbone import FeaturePyramid, choose_layers, describe
 from tests.conftest import cross_category, quiet_engine
 
 SMALL = {"pre_trained": False, "k_shot": 2, "visualizer": False}

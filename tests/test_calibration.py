@@ -13,8 +13,8 @@ from scipy.stats import norm
 
 from anomalib_resad import ResAD
 from anomalib_resad.calibration import PRIOR, Thresholds, least_rate, normalize, pooled_spread, product_threshold
-from anomalib_resad.leave_one_out import leave_one_out
-from anomalib_resad.photos import read_photo
+from anomalib_resad.enrollment.draws import read_photo
+from anomalib_resad.reference_rows import leave_one_out
 from tests.conftest import TINY, cross_category, product, quiet_engine
 
 

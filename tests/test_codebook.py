@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
+from anomalib_resad.method.codebook import Codebook, codebook_loss, match_distribution
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

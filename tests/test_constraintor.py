@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomalib_resad.constraintor import MLP, ConstraintorKind, ConvBnReLU, make_constraintors, resize_map
+from anomalib_resad.method.constraintor import MLP, ConstraintorKind, ConvBnReLU, make_constraintors, resize_map
 
 CHANNELS, SIZES = (4, 6, 8), (12, 6, 3)
 

@@ -9,7 +9,7 @@ from anomalib.data import Folder, MVTecAD
 from PIL import Image
 
 from anomalib_resad import CrossCategory, ProductFolder
-from anomalib_resad.datamodule import category_samples
+from anomalib_resad.data.cross_category import category_samples
 from tests.conftest import cross_category, product
 
 

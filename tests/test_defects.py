@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from anomalib_resad import ResADModel, flow, reference_bank
-from anomalib_resad.anomaly_map import AnomalyMapGenerator, fuse
-from anomalib_resad.callback import ReferencePools
-from anomalib_resad.loss import occ_radius
-from anomalib_resad.reference_bank import match
+from anomalib_resad.few_shot_references import ReferencePools
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator, fuse
+from anomalib_resad.method.loss import occ_radius
+from anomalib_resad.method.reference_bank import match
 from tests.conftest import cross_category, product
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch import seed_everything
 from torch import multiprocessing
 
 from anomalib_resad import ResAD
-from anomalib_resad.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
 from tests import train_distributed
 from tests.conftest import TINY, cross_category, product, quiet_engine
 from tests.train_distributed import PARTS, share

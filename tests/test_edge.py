@@ -17,10 +17,10 @@ from safetensors.numpy import load_file, save_file
 
 from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInferencer
 from anomalib_resad.deploy.bank import Bank, padded
-from anomalib_resad.deploy.export import export_bundle, load_model, model_hash
 from anomalib_resad.deploy.inferencer import denormalize, normalize
-from anomalib_resad.deploy.parity import TorchReference
-from anomalib_resad.enrollment import thin_out
+from anomalib_resad.enrollment.rotations import thin_out
+from anomalib_resad.export.edge_bundle import export_bundle, load_model, model_hash
+from anomalib_resad.export.parity import TorchReference
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_resad.deploy.export import export_bundle
-from anomalib_resad.deploy.parity import STOCK, auroc, compare, table
+from anomalib_resad.export.edge_bundle import export_bundle
+from anomalib_resad.export.parity import STOCK, auroc, compare, table
 
 BLOCKED = ("torch", "torchvision", "anomalib", "lightning", "timm", "FrEIA", "torchmetrics", "pandas", "matplotlib")
 RUN = """

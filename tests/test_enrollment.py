@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw
 
 from anomalib_resad import ResAD
 from anomalib_resad.deploy import ResADInferencer
-from anomalib_resad.deploy.export import export_bundle
-from anomalib_resad.deploy.parity import STOCK, compare
-from anomalib_resad.enrollment import check_rotations, enrolled_rows, lie_turned, rows_of, thin_out, turned
-from anomalib_resad.leave_one_out import leave_one_out
-from anomalib_resad.photos import read_photo
-from anomalib_resad.references import encode_photo, reference_rows
+from anomalib_resad.enrollment.draws import read_photo
+from anomalib_resad.enrollment.rotations import check_rotations, enrolled_rows, lie_turned, rows_of, thin_out, turned
+from anomalib_resad.export.edge_bundle import export_bundle
+from anomalib_resad.export.parity import STOCK, compare
+from anomalib_resad.reference_rows import encode_photo, leave_one_out, reference_rows
 from tests.conftest import product, quiet_engine
 from tests.test_edge_commands import resad
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from anomalib_resad import ResAD
 from anomalib_resad.calibration import Thresholds
-from anomalib_resad.leave_one_out import leave_one_out
-from anomalib_resad.photos import read_photo
+from anomalib_resad.enrollment.draws import read_photo
+from anomalib_resad.reference_rows import leave_one_out
 from tests.conftest import TINY, product, quiet_engine
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}

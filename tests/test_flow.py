@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributions import MultivariateNormal
 
-from anomalib_resad.flow import PositionFlow, position_encoding
+from anomalib_resad.method.flow import PositionFlow, position_encoding
 
 
 def bent_flow(position_channels: int = 8) -> PositionFlow:

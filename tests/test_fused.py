@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from anomalib_resad import ResADModel
-from anomalib_resad.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.embedding import JoinedLevels, distance_within
-from anomalib_resad.head import EQUAL, FusedHead
-from anomalib_resad.reference_bank import ReferenceBank, to_rows
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.method.head import EQUAL, FusedHead
+from anomalib_resad.method.joined_levels import JoinedLevels, distance_within
+from anomalib_resad.method.presets import TRAINING, VARIANTS
+from anomalib_resad.method.reference_bank import ReferenceBank, to_rows
 from anomalib_resad.torch_model import TOP_SHARE
-from anomalib_resad.variants import TRAINING, VARIANTS
 
 SETTINGS = {key: value for key, value in VARIANTS["fused"].items() if key not in TRAINING}
 

@@ -14,9 +14,9 @@ from torch import nn
 from torchvision.transforms import v2
 
 from anomalib_resad import ResAD
-from anomalib_resad.callback import augments
-from anomalib_resad.synthetic import SyntheticDefects, paint
-from anomalib_resad.variants import VARIANTS
+from anomalib_resad.few_shot_references import augments
+from anomalib_resad.method.presets import VARIANTS
+from anomalib_resad.training.synthetic_defects import SyntheticDefects, paint
 from tests.conftest import cross_category, quiet_engine
 
 FUSED: dict[str, Any] = {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "k_shot": 2}

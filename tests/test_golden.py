@@ -15,11 +15,11 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_resad.anomaly_map import AnomalyMapGenerator, fuse
-from anomalib_resad.codebook import Codebook, codebook_loss, match_distribution
-from anomalib_resad.constraintor import ConvBnReLU
-from anomalib_resad.flow import PositionFlow, position_encoding
-from anomalib_resad.loss import (
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator, fuse
+from anomalib_resad.method.codebook import Codebook, codebook_loss, match_distribution
+from anomalib_resad.method.constraintor import ConvBnReLU
+from anomalib_resad.method.flow import PositionFlow, position_encoding
+from anomalib_resad.method.loss import (
     abnormal_invariant_occ,
     abnormal_probability,
     average_boundary,
@@ -32,7 +32,7 @@ from anomalib_resad.loss import (
     one_class_loss,
     orthogonality,
 )
-from anomalib_resad.reference_bank import match
+from anomalib_resad.method.reference_bank import match
 from anomalib_resad.torch_model import residual
 
 FIGURES = np.load(Path(__file__).parent / "data" / "golden.npz")

@@ -43,7 +43,7 @@ def test_entry_point_is_installed() -> None:
         "import torch",
         "import anomalib_resad",
         "from anomalib_resad import ResAD",
-        "from anomalib_resad.callback import FewShotReferences",
+        "from anomalib_resad.few_shot_references import FewShotReferences",
         "from anomalib.engine import Engine",
         "from anomalib.models.image.padim.torch_model import PadimModel",
     ],

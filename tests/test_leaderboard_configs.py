@@ -21,7 +21,7 @@ from anomalib.data.datasets.image.mvtecad import CATEGORIES as MVTECAD
 from anomalib.data.datasets.image.visa import CATEGORIES as VISA
 
 from anomalib_resad import CrossCategory
-from anomalib_resad.datamodule import category_name, split_categories
+from anomalib_resad.data.cross_category import category_name, split_categories
 from benchmarks.adapters import MVTec3DColor, ShanghaiTechFrames
 from benchmarks.cells import read_cells
 from benchmarks.measure import QUALITY

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from anomalib_resad.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.loss import abnormal_invariant_occ, negative_log_likelihood, semi_push_pull
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.method.loss import abnormal_invariant_occ, negative_log_likelihood, semi_push_pull
 
 
 def test_occ_by_hand() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_resad.photos import draw_references, list_photos, photo_problem, read_photo
+from anomalib_resad.enrollment.draws import draw_references, list_photos, photo_problem, read_photo
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
 

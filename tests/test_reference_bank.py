@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from anomalib_resad import ReferenceBank
-from anomalib_resad.reference_bank import Metric, match, nearest_rows, to_rows
+from anomalib_resad.method.reference_bank import Metric, match, nearest_rows, to_rows
 
 METRICS: list[Metric] = ["l2", "cosine"]
 

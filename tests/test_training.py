@@ -10,8 +10,8 @@ import torch
 from anomalib.data import ImageBatch
 
 from anomalib_resad import ResAD, ResADModel
-from anomalib_resad.feature_cache import FeatureCache
-from anomalib_resad.photos import read_photo
+from anomalib_resad.enrollment.draws import read_photo
+from anomalib_resad.training.feature_cache import FeatureCache
 from tests.conftest import TINY, cross_category, product, quiet_engine
 from tests.test_backbone import Exploit
 

@@ -14,11 +14,11 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 
 from anomalib_resad import ResAD, ResADModel
-from anomalib_resad.constraintor import ConstraintorKind
-from anomalib_resad.loss import OneClass, PushPull
-from anomalib_resad.reference_bank import Metric
+from anomalib_resad.method.constraintor import ConstraintorKind
+from anomalib_resad.method.loss import OneClass, PushPull
+from anomalib_resad.method.presets import TRAINING, VARIANTS, resolve
+from anomalib_resad.method.reference_bank import Metric
 from anomalib_resad.torch_model import Residual
-from anomalib_resad.variants import TRAINING, VARIANTS, resolve
 from tests.conftest import TINY, cross_category, quiet_engine
 
 PLUS = TINY | {"variant": "resad++", "codebook_size": 64}

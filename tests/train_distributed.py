@@ -16,9 +16,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
-from anomalib_resad.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.codebook import Codebook
-from anomalib_resad.distributed import average_batch_norms, mean_of_known
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
+from anomalib_resad.method.codebook import Codebook
+from anomalib_resad.method.distributed import average_batch_norms, mean_of_known
 
 # Every patch in one step, so that a step sees the same patches in one process as in two.
 SETTINGS = {"backbone": "resnet18", "pre_trained": False, "coupling_layers": 2, "position_channels": 8, "k_shot": 2}

@@ -2,13 +2,13 @@
 
 """The edge: an exported model that enrolls new products on the device itself.
 
-Importing this package imports neither PyTorch nor anomalib; :mod:`anomalib_resad.deploy.export` needs them.
+Nothing in this package imports PyTorch or anomalib; what makes bundles for it is :mod:`anomalib_resad.export`.
 """
 
-from anomalib_resad.deploy.bank import Bank, BankError, Reference
+from anomalib_resad.deploy.bank import Bank, BankError
 from anomalib_resad.deploy.bundle import BundleError, Manifest, read_manifest
 from anomalib_resad.deploy.inferencer import Prediction, ResADInferencer
-from anomalib_resad.photo_files import PhotoError
+from anomalib_resad.enrollment.photos import PhotoError, Reference
 
 __all__ = [
     "Bank",

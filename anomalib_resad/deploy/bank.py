@@ -12,8 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from anomalib_resad.deploy.bundle import Manifest, write_whole
-from anomalib_resad.enrollment import rows_of
+from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import Reference
+from anomalib_resad.enrollment.rotations import kept_rows
 
 FORMAT = "resad-bank-2"
 SUFFIX = ".safetensors"
@@ -21,14 +23,6 @@ SUFFIX = ".safetensors"
 
 class BankError(ValueError):
     """A bank cannot be used; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A good photo of which a bank holds features."""
-
-    name: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -40,10 +34,10 @@ class Bank:
         encoder (str): What made the features (:attr:`Manifest.encoder`).
         references (tuple[Reference, ...]): The photos, ordered by content.
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
-            references one after the other, each with those of its turned copies.
+            references one after the other, each with those of its rotated copies.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level, if the bank was thinned out.
-        rotations (int): Turns of each photo; 1 for photos as they are.
+        rotations (int): Orientations of each photo; 1 for photos as they are.
     """
 
     product: str
@@ -158,7 +152,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         raise BankError(msg)
     for number, level in enumerate(manifest.levels):
         rows = bank.arrays.get(f"rows_{number}")
-        expected = len(bank.references) * rows_of(level.patches, bank.rotations)
+        expected = len(bank.references) * kept_rows(level.patches, bank.rotations)
         expected = min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
             found = None if rows is None else f"{rows.dtype} {rows.shape}"

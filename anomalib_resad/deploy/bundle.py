@@ -7,17 +7,14 @@
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any, Literal
 
-from anomalib_resad.enrollment import Rotations
-from anomalib_resad.photo_files import content_hash
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import content_hash
+from anomalib_resad.enrollment.rotations import Rotations
 
 Precision = Literal["fp32", "fp16", "int8"]
 FORMAT = 1
@@ -57,6 +54,12 @@ class Scale:
     low: float | None
     high: float | None
 
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """Threshold, low and high for :mod:`anomalib_resad.enrollment.thresholds`, which says NaN for unknown."""
+        threshold, low, high = (math.nan if each is None else each for each in (self.threshold, self.low, self.high))
+        return threshold, low, high
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -69,7 +72,7 @@ class Manifest:
         image_size (tuple[int, int]): Height and width of the maps.
         levels (tuple[Level, ...]): The levels of the features.
         keyed (bool): Whether the last level holds keys to the rows of the others.
-        rotations (Rotations): Turns of each photo that is enrolled, unless another number is asked for.
+        rotations (Rotations): Orientations of each photo that is enrolled, unless another number is asked for.
         row_multiple (int): The detector takes a bank whose rows are a multiple of this.
         score (Scale): Normalization of the score.
         map (Scale): Normalization of the map.
@@ -100,7 +103,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / MANIFEST, (text + "\n").encode())
 
 
 def _parse(known: dict[str, Any]) -> Manifest:
@@ -138,36 +141,3 @@ def read_manifest(bundle: Path) -> Manifest:
             msg = f"{file} is {problem}. {again}"
             raise BundleError(msg)
     return manifest
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also when the device loses its power."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path`` that takes its name at the end, unless something failed.
-
-    Raises:
-        FileExistsError: If ``path`` exists.
-    """
-    if path.exists():
-        msg = f"{path} exists; nothing was changed. Choose another output folder, or remove this one."
-        raise FileExistsError(msg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    finally:
-        rmtree(temporary, ignore_errors=True)

@@ -2,29 +2,31 @@
 
 """The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import openvino as ov
 
-from anomalib_resad.deploy.bank import (
-    SUFFIX,
-    Bank,
-    BankError,
+from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, read_bank
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_manifest
+from anomalib_resad.enrollment.coreset import thin_out
+from anomalib_resad.enrollment.photos import (
+    Photo,
+    PhotoError,
     Reference,
-    bank_file,
-    check_bank,
-    padded,
-    read_bank,
+    by_content,
+    list_photos,
+    read_pixels,
+    read_references,
 )
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Scale, read_manifest
-from anomalib_resad.enrollment import Rotations, enrolled_rows, thin_out
-from anomalib_resad.photo_files import Photo, PhotoError, photo_files, photo_identity, read_pixels
+from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows
+from anomalib_resad.enrollment.thresholds import normalize, product_map_threshold
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
 
@@ -44,34 +46,6 @@ class Prediction:
     label: bool | None
     map: np.ndarray
     raw_score: float
-
-
-def _center_and_width(scale: Scale) -> tuple[float, float]:
-    """What is subtracted from a raw value, and what it is divided by; 0 and 1 where nothing was learned."""
-    if scale.low is None or scale.high is None:
-        return (0.0, 2.0) if scale.threshold is None else (scale.threshold, 1.0)
-    center = (scale.high + scale.low) / 2 if scale.threshold is None else scale.threshold
-    return center, scale.high - scale.low if scale.high > scale.low else 1.0
-
-
-def normalize(raw: np.ndarray, scale: Scale) -> np.ndarray:
-    """``RankKeepingPostProcessor`` in numpy: strictly increasing into 0..1, 0.5 at the threshold."""
-    center, width = (np.float32(value) for value in _center_and_width(scale))
-    u = 2 * (raw - center) / width
-    return 0.5 + u / (2 * (1 + np.abs(u)))
-
-
-def denormalize(value: float, scale: Scale) -> float:
-    """The raw value that :func:`normalize` makes ``value`` of, for ``0 < value < 1``."""
-    center, width = _center_and_width(scale)
-    v = 2 * value - 1
-    return center + v / (1 - abs(v)) * width / 2
-
-
-def _by_content(references: Iterable[Reference]) -> tuple[Reference, ...]:
-    """Order photos by content; of identical ones, the first name is kept."""
-    unique = {each.sha256: each for each in sorted(references, key=lambda each: each.name, reverse=True)}
-    return tuple(unique[digest] for digest in sorted(unique))
 
 
 class ResADInferencer:
@@ -139,8 +113,8 @@ class ResADInferencer:
             threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
             max_patches (int | None): Most rows of a level; ``None`` keeps them all.
             replace_existing (bool): Replace the product if it is enrolled already.
-            rotations (Rotations | None): Turns of each photo: 1 for photos as they are, 8 for every 45 degrees,
-                ``"auto"`` for 8 where the photos lie turned to each other; ``None`` for the model's.
+            rotations (Rotations | None): Orientations of each photo: 1 for photos as they are, 8 for every 45 degrees,
+                ``"auto"`` for 8 where the photos are rotated to each other; ``None`` for the model's.
 
         Raises:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
@@ -153,14 +127,15 @@ class ResADInferencer:
         if max_patches is not None and max_patches < 1:
             msg = f"max_patches={max_patches} must be at least 1, or None."
             raise ValueError(msg)
-        features, turns = self._features_of(photos, self.manifest.rotations if rotations is None else rotations)
+        features, orientations = self._features_of(photos, self.manifest.rotations if rotations is None else rotations)
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        return self._write(self._bank_of(name, features, turns, threshold, max_patches), path)
+        return self._write(self._bank_of(name, features, orientations, threshold, max_patches), path)
 
     def add(self, name: str, photos: Photos) -> Bank:
-        """Add good photos to a product; the bank is then as if all had been enrolled at once, with as many turns.
+        """Add good photos to a product; the bank is then as if all had been enrolled at once, in as many
+        orientations.
 
         Raises:
             ValueError: If the product is not enrolled, or its bank was thinned out.
@@ -237,14 +212,11 @@ class ResADInferencer:
         return bank
 
     def _features_of(self, photos: Photos, rotations: Rotations) -> tuple[dict[Reference, list[np.ndarray]], int]:
-        """What a bank keeps of each photo, shape ``(N_l, C_l)`` per level, and how many ways round."""
-        listed: Sequence[Photo] = photo_files(photos) if isinstance(photos, str | Path) else list(photos)
-        read = [read_pixels(photo) for photo in listed]  # all of them, before anything is computed
-        pixels = {Reference(*photo_identity(photo)): array for photo, array in zip(listed, read, strict=True)}
-        references = _by_content(pixels)
-        chosen = [pixels[reference] for reference in references]
-        rows, turns = enrolled_rows(chosen, self._encode_rows, self.manifest.keyed, rotations)
-        return dict(zip(references, rows, strict=True)), turns
+        """What a bank keeps of each photo, shape ``(N_l, C_l)`` per level, and in how many orientations."""
+        listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
+        read = read_references(listed)
+        rows, orientations = enrolled_rows(list(read.values()), self._encode_rows, self.manifest.keyed, rotations)
+        return dict(zip(read, rows, strict=True)), orientations
 
     def _encode_rows(self, pixels: np.ndarray) -> list[np.ndarray]:
         features = self.encode(pixels[None])
@@ -263,7 +235,7 @@ class ResADInferencer:
         threshold: float | None,
         max_patches: int | None,
     ) -> Bank:
-        references = _by_content(features)
+        references = by_content(features)
         levels = range(len(self.manifest.levels))
         rows = [np.concatenate([features[reference][level] for reference in references]) for level in levels]
         if max_patches is not None:
@@ -322,12 +294,28 @@ class ResADInferencer:
             return []
         features = [np.concatenate(level) for level in zip(*encoded, strict=True)]
         scores, maps = self._run(DETECTOR, [*features, *rows])
-        scale = self.manifest.score
-        if bank.threshold is not None:
-            scale = replace(scale, threshold=bank.threshold)
-        above = self.manifest.label_above if scale.threshold is not None else None
-        normalized, normalized_maps = normalize(scores, scale), normalize(maps[:, 0], self.manifest.map)
+        score_scale, map_scale = self.scales(bank)
+        above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
+        normalized, normalized_maps = normalize(scores, *score_scale), normalize(maps[:, 0], *map_scale)
         return [
             Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw))
             for score, anomaly_map, raw in zip(normalized, normalized_maps, scores, strict=True)
         ]
+
+    def scales(self, bank: Bank) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
+        """Threshold, low and high of a product's scores, and of its maps, whose threshold moves with the scores'.
+
+        Args:
+            bank (Bank): The product's bank.
+        """
+        threshold, *score_range = self.manifest.score.numbers
+        map_threshold, *map_range = self.manifest.map.numbers
+        own = math.nan if bank.threshold is None else bank.threshold
+        moved = product_map_threshold(map_threshold, threshold, own)
+        chosen = threshold if bank.threshold is None else own
+        return _float32(chosen, *score_range), _float32(moved, *map_range)
+
+
+def _float32(*values: float) -> tuple[np.float32, ...]:
+    """Numbers in the precision of the model's outputs."""
+    return tuple(np.float32(value) for value in values)

@@ -7,21 +7,21 @@ What comes from the page is not trusted: the size of an upload is limited by the
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from anomalib_resad.deploy.inferencer import ResADInferencer, denormalize
+from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
-from anomalib_resad.enrollment import TURNS, Rotations
-from anomalib_resad.photo_files import EXTENSIONS, read_pixels
+from anomalib_resad.enrollment.photos import EXTENSIONS, read_pixels
+from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
+from anomalib_resad.enrollment.thresholds import denormalize
 
 FONT = ["system-ui", "sans-serif"]  # of the browser: the page must work without a network
-ORIENTATIONS: list[tuple[str, Rotations]] = [
+CHOICES: list[tuple[str, Rotations]] = [
     ("as the photos show", "auto"),
-    ("any way round", TURNS),
+    ("any way round", ORIENTATIONS),
     ("always as in the photos", 1),
 ]
 EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
@@ -56,7 +56,7 @@ class Page:
         return gr.Dropdown(choices=names, value=chosen if chosen in names else (names[0] if names else None))
 
     def enroll(self, name: str, files: Sequence[str] | None, rotations: Rotations | None = None) -> tuple[Any, ...]:
-        """Enroll a product, or add photos to it, as many ways round as those that are there."""
+        """Enroll a product, or add photos to it, in as many orientations as those that are there."""
         name = (name or "").strip()
         with _shown():
             if not files:
@@ -69,7 +69,7 @@ class Page:
                 bank = self.inferencer.enroll(name, list(files), rotations=rotations)
         done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
         if bank.rotations > 1:
-            done += f" Each photo is known {bank.rotations} ways round."
+            done += f" Each photo is known in {bank.rotations} orientations."
         return f"{done} It takes {bank.size / 1e6:.1f} MB.", self.products(), self.choices(name), None
 
     def remove(self, name: str) -> tuple[Any, ...]:
@@ -102,9 +102,8 @@ class Page:
             if not product:
                 msg = "Choose a product first."
                 raise ValueError(msg)
-            own, scale = self.inferencer.bank(product).threshold, self.inferencer.manifest.score
-            scale = scale if own is None else replace(scale, threshold=own)
-            self.inferencer.set_threshold(product, denormalize(threshold, scale))
+            scale, _ = self.inferencer.scales(self.inferencer.bank(product))
+            self.inferencer.set_threshold(product, denormalize(threshold, *(float(each) for each in scale)))
         return (
             0.5,
             self.products(),
@@ -153,8 +152,8 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
                     elem_id="files",
                 )
                 rotations = gr.Radio(
-                    ORIENTATIONS,
-                    value=usual if usual in dict(ORIENTATIONS).values() else None,
+                    CHOICES,
+                    value=usual if usual in dict(CHOICES).values() else None,
                     label="How the product lies",
                     elem_id="rotations",
                 )

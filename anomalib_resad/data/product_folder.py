@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Your own products in MVTec AD's folder layout: any image format, masks optional."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_mask
+from pandas import DataFrame
+from torchvision.transforms.v2.functional import to_dtype, to_image
+from torchvision.tv_tensors import Mask
+
+from anomalib_resad.enrollment.photos import EXTENSIONS, check_photos, is_photo_file, list_photos, read_pixels
+
+LAYOUT = "<category>/train/good, <category>/test/good, <category>/test/<defect>, <category>/ground_truth/<defect>"
+
+
+class SamplesDataset(AnomalibDataset):
+    """A data set that is given its samples.
+
+    Args:
+        samples (DataFrame): anomalib's columns; ``mask_path`` is empty where there is no mask.
+        task (str): ``"segmentation"`` if every defective image has a mask, else ``"classification"``.
+    """
+
+    def __init__(self, samples: DataFrame, task: str) -> None:
+        super().__init__()
+        self.samples = samples
+        self.samples.attrs["task"] = task
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """One image, read as enrollment and the edge read photos, and its mask, all zero for good ones.
+
+        Raises:
+            PhotoError: If the photo cannot be used.
+        """
+        sample = self.samples.iloc[index]
+        image = to_dtype(to_image(read_pixels(sample.image_path)), torch.float32, scale=True)
+        mask = None
+        if self.samples.attrs["task"] == "segmentation":
+            has_mask = sample.label_index == LabelName.ABNORMAL
+            mask = read_mask(sample.mask_path, as_tensor=True) if has_mask else Mask(torch.zeros(image.shape[-2:]))
+        if self.augmentations:
+            augmented = self.augmentations(image) if mask is None else self.augmentations(image, mask)
+            image, mask = (augmented, None) if mask is None else augmented
+        return ImageItem(
+            image=image,
+            gt_mask=None if mask is None else cast("Mask", mask).to(torch.uint8),
+            gt_label=torch.tensor(int(sample.label_index)),
+            image_path=sample.image_path,
+            mask_path=sample.mask_path,
+        )
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    """The photos of a folder and of the folders in it; none of a folder that holds none."""
+    return list_photos(folder) if any(is_photo_file(path) for path in folder.rglob("*")) else []
+
+
+def _mask_of(image: Path, defect: Path, root: Path) -> str:
+    """The mask of a defective image: its stem, with or without ``_mask``, any image format; empty if there is none."""
+    folder = root / "ground_truth" / defect.name / image.parent.relative_to(defect)
+    if not folder.is_dir():
+        return ""
+    files = sorted(path for path in folder.iterdir() if is_photo_file(path))
+    masks = [path for stem in (f"{image.stem}_mask", image.stem) for path in files if path.stem == stem]
+    return str(masks[0]) if masks else ""
+
+
+def product_samples(root: Path) -> DataFrame:
+    """List the images of one product.
+
+    Args:
+        root (Path): Folder of the product.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there are no good training images.
+    """
+    if not root.is_dir():
+        siblings = sorted(path.name for path in root.parent.glob("*") if path.is_dir()) if root.parent.is_dir() else []
+        msg = f"There is no folder {root}; {root.parent} holds {siblings or 'no folders'}. The layout is {LAYOUT}."
+        raise FileNotFoundError(msg)
+    rows = [
+        {
+            "image_path": str(image),
+            "label": folder.name,
+            "label_index": LabelName.NORMAL if folder.name == "good" else LabelName.ABNORMAL,
+            "mask_path": "" if folder.name == "good" else _mask_of(image, folder, root),
+            "split": split.value,
+        }
+        for split in (Split.TRAIN, Split.TEST)
+        for folder in sorted((root / split.value).glob("*/"))
+        for image in _photos_in(folder)
+    ]
+    samples = DataFrame(rows, columns=["image_path", "label", "label_index", "mask_path", "split"])
+    if not ((samples.split == Split.TRAIN.value) & (samples.label_index == LabelName.NORMAL)).any():
+        formats = ", ".join(sorted(EXTENSIONS))
+        msg = f"{root / 'train' / 'good'} holds no image. The layout is {LAYOUT}; formats: {formats}."
+        raise ValueError(msg)
+    samples["label_index"] = samples.label_index.astype(int)
+    return samples
+
+
+class ProductFolder(AnomalibDataModule):
+    """One product in MVTec AD's layout: ``train/good``, ``test/good``, ``test/<defect>``, ``ground_truth/<defect>``.
+
+    Unlike anomalib's ``MVTecAD`` it takes any image format and needs no masks; unlike ``Folder`` it finds the defect
+    folders by itself. As a source of :class:`~anomalib_resad.CrossCategory`, one entry can name several products,
+    separated by commas.
+
+    Args:
+        root (Path | str): Folder that holds the product folders.
+        category (str): Name of the product's folder.
+        train_batch_size (int): Images per training batch.
+        eval_batch_size (int): Images per validation and test batch.
+        num_workers (int): Processes that load images.
+        val_split_mode (ValSplitMode | str): Where validation images come from. By default nowhere: enrolling needs
+            none. To train on this product alone choose ``"synthetic"``, which gives the model a threshold without
+            touching the test images.
+        val_split_ratio (float): Share of the images that validation takes.
+        seed (int | None): Seed of the split.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        category: str,
+        train_batch_size: int = 32,
+        eval_batch_size: int = 32,
+        num_workers: int = 4,
+        val_split_mode: ValSplitMode | str = ValSplitMode.NONE,
+        val_split_ratio: float = 0.2,
+        seed: int | None = 0,
+    ) -> None:
+        super().__init__(
+            train_batch_size=train_batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            test_split_mode=TestSplitMode.FROM_DIR,
+            val_split_mode=val_split_mode,
+            val_split_ratio=val_split_ratio,
+            seed=seed,
+        )
+        self.root = Path(root)
+        self.category = category
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # as anomalib's own datamodules do
+        """The name of the folder that holds the products."""
+        return self.root.resolve().name
+
+    def _setup(self, _stage: str | None = None) -> None:
+        samples = product_samples(self.root / self.category)
+        check_photos(samples.image_path, f"images of {self.category}")
+        defective = samples[samples.label_index == LabelName.ABNORMAL]
+        task = "segmentation" if (defective.mask_path != "").all() else "classification"
+        for split, attribute in ((Split.TRAIN, "train_data"), (Split.TEST, "test_data")):
+            setattr(self, attribute, SamplesDataset(samples[samples.split == split.value].reset_index(drop=True), task))
+
+    def _create_test_split(self) -> None:
+        """The test images are those of the test folder, be there normals or not."""
+
+    def val_dataloader(self):  # noqa: ANN201  # anomalib's own annotation is a union of Lightning's
+        """Validation images; none by default."""
+        return super().val_dataloader() if hasattr(self, "val_data") else []

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fewer rows that cover all: greedy k-center, as Patchcore's coreset."""
+
+import numpy as np
+
+BLOCK = 1024  # rows whose distances to others are computed at once
+
+
+def thin_out(rows: np.ndarray, most: int, beside: np.ndarray | None = None) -> np.ndarray:
+    """Choose rows that cover the others (greedy k-center).
+
+    Deterministic: it starts from the row that is farthest from the mean, or from those that are there already, and of
+    equal distances takes the first.
+
+    Args:
+        rows (np.ndarray): Rows, shape ``(N, C)``.
+        most (int): How many to keep.
+        beside (np.ndarray | None): Rows that are kept anyway, shape ``(M, C)``.
+
+    Returns:
+        np.ndarray: Indices of the chosen rows in ascending order, shape ``(min(N, most),)``.
+    """
+    if len(rows) <= most:
+        return np.arange(len(rows))
+    squares = np.square(rows).sum(axis=1)
+
+    def distances(center: np.ndarray) -> np.ndarray:
+        return squares - 2 * (rows @ center) + center @ center
+
+    chosen: list[int] = []
+    if beside is None:
+        chosen.append(int(distances(rows.mean(axis=0)).argmax()))
+        nearest = distances(rows[chosen[0]])
+    else:
+        lengths = np.square(beside).sum(axis=1)
+        parts = np.array_split(rows, -(-len(rows) // BLOCK))
+        nearest = squares + np.concatenate([(lengths - 2 * (part @ beside.T)).min(axis=1) for part in parts])
+    while len(chosen) < most:
+        if chosen:
+            nearest[chosen[-1]] = -np.inf
+        chosen.append(int(nearest.argmax()))
+        np.minimum(nearest, distances(rows[chosen[-1]]), out=nearest)
+    return np.sort(np.array(chosen, dtype=np.intp))  # of the right type where there are none

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a bank keeps of good photos: their patches, and where the photos are rotated, patches of rotated copies too."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from anomalib_resad.enrollment.coreset import thin_out
+
+Rotations: TypeAlias = int | Literal["auto"]
+Rows: TypeAlias = list[np.ndarray]  # of one photo, float32, shape (N_l, C_l) per level
+
+# Orientations of each photo where a product's photos are rotated, the photo itself among them: every 45 degrees.
+ORIENTATIONS = 8
+# Photos count as rotated to each other if the squared distance of their patches to the other photos falls below this
+# share of itself once these may be rotated by right angles. It always falls, since more rows bring any patch nearer:
+# with four or eight photos to 87-93 % for products that all lie the same way, to 61-89 % for rotated ones
+# (benchmarks/experiments.md).
+ROTATED = 0.85
+LOOKED_AT = 8  # photos that decide whether all of them are rotated, the first ones
+
+
+def check_rotations(rotations: object) -> None:
+    """Refuse what is no number of orientations.
+
+    Raises:
+        ValueError: If it is neither ``"auto"`` nor 1 to 36.
+    """
+    if rotations != "auto" and not (isinstance(rotations, int) and 1 <= rotations <= 36):
+        msg = (
+            f"rotations={rotations!r} must be 'auto', 1 (photos as they are), or a number of orientations up to 36, "
+            "such as 8."
+        )
+        raise ValueError(msg)
+
+
+def rotated(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    """Rotate a photo counterclockwise about its center; corners are filled with its mirror image.
+
+    Args:
+        pixels (np.ndarray): uint8, shape ``(H, W, 3)``.
+        degrees (float): Angle.
+
+    Returns:
+        np.ndarray: Of the same shape.
+    """
+    height, width = pixels.shape[:2]
+    reach = int(np.ceil(np.hypot(height, width)))
+    rows, columns = -(-(reach - height) // 2) + 1, -(-(reach - width) // 2) + 1
+    padded = np.pad(pixels, ((rows, rows), (columns, columns), (0, 0)), mode="reflect")
+    picture = Image.fromarray(padded).rotate(degrees, resample=Image.Resampling.BILINEAR)
+    return np.asarray(picture)[rows : rows + height, columns : columns + width]
+
+
+def enrolled_rows(
+    photos: Sequence[np.ndarray], encode: Callable[[np.ndarray], Rows], keyed: bool, rotations: Rotations = "auto"
+) -> tuple[list[Rows], int]:
+    """Encode photos, and choose the rows that a bank keeps of each.
+
+    With one orientation these are the rows of the photo's patches. With more, rotated copies of the photo are encoded
+    too. Of all copies together half as many rows are added as the photo has, those farthest from its own: the bank
+    grows by half, not eightfold. The photo's own rows come first.
+
+    Args:
+        photos (Sequence[np.ndarray]): uint8, shape ``(H, W, 3)`` each.
+        encode (Callable[[np.ndarray], Rows]): Rows of a photo's patches, shape ``(N_l, C_l)`` per level. The last level
+            decides whether photos are rotated to each other.
+        keyed (bool): Whether the last level holds the keys of all others, so that the same patches are kept in every
+            level; else each level chooses its own.
+        rotations (Rotations): Orientations of each photo, 1 for the photo alone. ``"auto"`` takes
+            :data:`ORIENTATIONS` where the photos are rotated to each other, so that orientation is no defect, else 1.
+
+    Returns:
+        tuple[list[Rows], int]: Rows per photo and level, and the number of orientations.
+
+    Raises:
+        ValueError: If ``rotations`` is impossible.
+    """
+    check_rotations(rotations)
+    views = [{0.0: encode(pixels)} for pixels in photos]
+    if rotations == "auto":
+        rotations = 1
+        if len(photos) > 1:
+            looked_at = list(zip(photos, views, strict=True))[:LOOKED_AT]
+            for pixels, seen in looked_at:
+                seen |= {angle: encode(rotated(pixels, angle)) for angle in (90.0, 180.0, 270.0)}
+            if are_rotated([[rows[-1] for rows in seen.values()] for _, seen in looked_at]):
+                rotations = ORIENTATIONS
+    if rotations == 1:
+        return [seen[0.0] for seen in views], 1
+    angles = [360 * turn / rotations for turn in range(1, rotations)]
+    rows = []
+    for pixels, seen in zip(photos, views, strict=True):  # one photo's copies at a time
+        copies = [seen.get(angle) or encode(rotated(pixels, angle)) for angle in angles]
+        rows.append(_with_copies(seen[0.0], copies, keyed))
+    return rows, rotations
+
+
+def kept_rows(patches: int, rotations: int) -> int:
+    """How many rows a bank keeps of a photo with so many patches."""
+    return patches if rotations == 1 else patches + patches // 2
+
+
+def are_rotated(views: Sequence[Sequence[np.ndarray]]) -> bool:
+    """Whether photos are clearly nearer to each other once they may be rotated.
+
+    Args:
+        views (Sequence[Sequence[np.ndarray]]): Per photo, rows of the photo and of its copies, shape ``(N, C)``.
+    """
+    unit = [[rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in each] for each in views]
+    plain = free = 0.0
+    for number, (own, *_) in enumerate(unit):
+        others = [each for index, each in enumerate(unit) if index != number]
+        as_they_are = np.max([(own @ each[0].T).max(axis=1) for each in others], axis=0)
+        any_way = np.max([(own @ rows.T).max(axis=1) for each in others for rows in each], axis=0)
+        plain, free = plain + float((1 - as_they_are).sum()), free + float((1 - any_way).sum())
+    return free < ROTATED * plain
+
+
+def _with_copies(own: Rows, copies: Sequence[Rows], keyed: bool) -> Rows:
+    """A photo's rows, and those of its rotated copies that are farthest from them."""
+    others = [np.concatenate(level) for level in zip(*copies, strict=True)]
+    extra = [kept_rows(len(level), len(copies) + 1) - len(level) for level in own]
+    if keyed:
+        kept = [thin_out(others[-1], extra[-1], own[-1])] * len(own)
+    else:
+        kept = [thin_out(*level) for level in zip(others, extra, own, strict=True)]
+    return [np.concatenate([level, rest[chosen]]) for level, rest, chosen in zip(own, others, kept, strict=True)]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Write a bundle: the two halves of a trained model, `encode` and `detect`, as OpenVINO files. Needs PyTorch."""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+import torch
+from anomalib.pre_processing import PreProcessor
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from anomalib_resad.checkpoint import load_checkpoint
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, Manifest, Precision, Scale
+from anomalib_resad.enrollment.files import new_folder
+from anomalib_resad.enrollment.photos import content_hash, list_photos, read_pixels
+from anomalib_resad.export.openvino_float32 import quantize_encoder
+from anomalib_resad.lightning_model import ResAD
+from anomalib_resad.method.features import as_list, from_list, rows_from_list, to_rows
+from anomalib_resad.method.presets import ARCHITECTURE
+from anomalib_resad.method.reference_bank import GROUP
+from anomalib_resad.post_processor import RankKeepingPostProcessor
+
+logger = logging.getLogger(__name__)
+PACKAGES = ("anomalib-resad", "anomalib", "torch", "timm", "openvino")
+MOST_SIDE = 1 << 16
+
+
+class Encoder(nn.Module):
+    """Photos as they come from a file to features: uint8 ``(B, H, W, 3)`` to one ``(B, C_l, H_l, W_l)`` per level."""
+
+    def __init__(self, model: ResAD) -> None:
+        super().__init__()
+        self.resize_and_normalize = _export_transform(model)
+        self.model = model.model
+
+    def forward(self, photos: Tensor) -> tuple[Tensor, ...]:
+        """Encode photos."""
+        images = photos.permute(0, 3, 1, 2).float() / 255
+        return tuple(as_list(self.model.encode(self.resize_and_normalize(images))))
+
+
+class Detector(nn.Module):
+    """Features and the rows of a bank, level by level, to raw scores ``(B,)`` and maps ``(B, 1, H, W)``."""
+
+    def __init__(self, model: ResAD, image_size: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model.model
+        self.image_size = tuple(image_size)
+
+    def forward(self, features: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Score features."""
+        keyed = self.model.bank.keyed
+        result = self.model.detect(from_list(features, keyed), rows_from_list(rows, keyed), self.image_size)
+        assert result.pred_score is not None
+        assert result.anomaly_map is not None
+        return result.pred_score, result.anomaly_map
+
+
+def _export_transform(model: ResAD) -> nn.Module:
+    """Resizing and normalization, in operations that every runtime has."""
+    assert isinstance(model.pre_processor, PreProcessor)
+    assert isinstance(model.pre_processor.export_transform, nn.Module)
+    return model.pre_processor.export_transform
+
+
+def load_model(checkpoint: Path | str) -> ResAD:
+    """A trained ResAD, ready to be exported; one whose estimator is the plain distance needs no training.
+
+    Raises:
+        ValueError: If the checkpoint, or its pre- or post-processor, cannot be exported.
+        FileNotFoundError: If there is no such file.
+    """
+    estimator = load_checkpoint(checkpoint)["hyper_parameters"]["estimator"]
+    model = ResAD(checkpoint=checkpoint, estimator=estimator).eval()
+    if model.pre_processor is None or model.post_processor is None:
+        msg = f"{checkpoint} has no pre- or post-processor; a bundle holds both. Train it with the default ones."
+        raise ValueError(msg)
+    return model
+
+
+def _size_of(model: ResAD) -> list[int]:
+    """Height and width that photos are resized to."""
+    return list(_export_transform(model)(torch.zeros(1, 3, 64, 64)).shape[-2:])
+
+
+def trace(model: ResAD) -> tuple[ExportedProgram, ExportedProgram, tuple[Level, ...]]:
+    """Trace both halves with batch, photo size and bank of any size, and read the levels off the tensors."""
+    batch = Dim("batch", min=1, max=4096)
+    sides = Dim("height", min=1, max=MOST_SIDE), Dim("width", min=1, max=MOST_SIDE)
+    photos = torch.zeros(2, 96, 80, 3, dtype=torch.uint8)
+    encoder = Encoder(model)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced_encoder = torch.export.export(encoder, (photos,), dynamic_shapes=({0: batch, 1: sides[0], 2: sides[1]},))
+        features = list(encoder(photos))
+        rows = [to_rows(level)[: 2 * GROUP] for level in features]
+        rows = [torch.cat([level, level[:1].expand(2 * GROUP - len(level), -1)]) for level in rows]
+        counts = [{0: GROUP * Dim(f"groups_{level}", min=1, max=1 << 24)} for level in range(len(rows))]
+        shapes = ([{0: batch} for _ in features], counts)
+        traced_detector = torch.export.export(Detector(model, _size_of(model)), (features, rows), dynamic_shapes=shapes)
+    return traced_encoder, traced_detector, tuple(Level(*level.shape[1:]) for level in features)
+
+
+def model_hash(model: ResAD) -> str:
+    """SHA-256 of everything that makes a feature or a score but the bank and the threshold."""
+    digest = hashlib.sha256(repr((model.pre_processor.transform, _size_of(model))).encode())  # type: ignore[union-attr]
+    digest.update(repr({name: model.hparams[name] for name in ("backbone", "layers", *ARCHITECTURE)}).encode())
+    for name, value in model.model.state_dict().items():
+        if isinstance(value, Tensor) and not name.startswith("bank."):
+            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _scale(threshold: Tensor, low: Tensor, high: Tensor) -> Scale:
+    return Scale(*(None if torch.isnan(value) else float(value) for value in (threshold, low, high)))
+
+
+def _named(model: ov.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ov.Model:
+    for ports, names in ((model.inputs, inputs), (model.outputs, outputs)):
+        for port, name in zip(ports, names, strict=True):
+            port.get_tensor().set_names({name})
+    return model
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a library's progress out of the log."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def convert(model: ResAD) -> tuple[ov.Model, ov.Model, tuple[Level, ...]]:
+    """Both halves as OpenVINO models in float32."""
+    traced_encoder, traced_detector, levels = trace(model)
+    features = [f"features_{number}" for number in range(len(levels))]
+    rows = [f"rows_{number}" for number in range(len(levels))]
+    with _quiet("torch.export"):
+        encoder = _named(ov.convert_model(traced_encoder), ["photos"], features)
+        detector = _named(ov.convert_model(traced_detector), [*features, *rows], ["score", "map"])
+    return encoder, detector, levels
+
+
+def calibration_photos(source: Path | str | Sequence[Path], most: int = 300) -> list[np.ndarray]:
+    """Photos for calibration, evenly spaced, as the encoder takes them, ``(1, H, W, 3)`` each."""
+    paths = list_photos(source)
+    chosen = paths[:: max(1, -(-len(paths) // most))]
+    if len(chosen) < 10:
+        logger.warning("Only %d photos to calibrate with: INT8 ranges may be too narrow. Give 50 or more.", len(chosen))
+    return [read_pixels(path)[None] for path in chosen]
+
+
+def export_bundle(
+    checkpoint: Path | str,
+    output: Path | str,
+    precision: Precision = "fp32",
+    calibration: Path | str | Sequence[Path] | None = None,
+) -> Path:
+    """Write a bundle.
+
+    Args:
+        checkpoint (Path | str): A trained ResAD; a bank in it is not taken along.
+        output (Path | str): New folder.
+        precision (Precision): ``"fp32"``; ``"fp16"`` stores weights in half the space; ``"int8"`` also quantizes the
+            convolutions of the encoder. The matching and the head are computed in float32 always.
+        calibration (Path | str | Sequence[Path] | None): Photos that ``"int8"`` is calibrated on, good ones of several
+            products.
+
+    Returns:
+        Path: The folder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be exported, or there is nothing to calibrate with.
+        FileExistsError: If the folder exists.
+    """
+    if (precision == "int8") != (calibration is not None):
+        msg = f"precision='{precision}' with calibration={calibration}: int8, and only int8, needs photos to calibrate."
+        raise ValueError(msg)
+    if precision not in ("fp32", "fp16", "int8"):
+        msg = f"precision='{precision}' is not known; use fp32, fp16 or int8."
+        raise ValueError(msg)
+    model = load_model(checkpoint)
+    return write_bundle(model, convert(model), output, precision, calibration)
+
+
+def write_bundle(
+    model: ResAD,
+    converted: tuple[ov.Model, ov.Model, tuple[Level, ...]],
+    output: Path | str,
+    precision: Precision,
+    calibration: Path | str | Sequence[Path] | None = None,
+) -> Path:
+    """Write a bundle of what :func:`convert` made; arguments and errors as of :func:`export_bundle`."""
+    encoder, detector, levels = converted
+    half = precision != "fp32"
+    with new_folder(Path(output)) as folder:
+        if calibration is not None:
+            encoder = quantize_encoder(encoder, calibration_photos(calibration))
+        ov.save_model(encoder, folder / ENCODER, compress_to_fp16=half)
+        ov.save_model(detector, folder / DETECTOR, compress_to_fp16=half)
+        _manifest(model, precision, levels, folder).write(folder)
+    return Path(output)
+
+
+def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], folder: Path) -> Manifest:
+    post: Any = model.post_processor
+    if not isinstance(post, RankKeepingPostProcessor):
+        msg = f"The post-processor is {type(post).__name__}; a bundle normalizes as RankKeepingPostProcessor does."
+        raise ValueError(msg)  # noqa: TRY004  # the checkpoint is at fault, not the caller's types
+    height, width = _size_of(model)
+    # Of the source, not of a product that the checkpoint may hold: a bundle is for all products.
+    threshold, map_threshold = post.source_thresholds
+    return Manifest(
+        model=model_hash(model),
+        precision=precision,
+        backbone=model.hparams["backbone"],
+        image_size=(height, width),
+        levels=levels,
+        keyed=model.model.bank.keyed,
+        rotations=model.hparams["rotations"],
+        row_multiple=GROUP,
+        score=_scale(threshold, post.image_min, post.image_max),
+        map=_scale(map_threshold, post.pixel_min, post.pixel_max),
+        label_above=float(post.normalized_image_threshold),
+        versions={name: version(name) for name in PACKAGES},
+        files={path.name: content_hash(path) for path in sorted(folder.iterdir())},
+    )

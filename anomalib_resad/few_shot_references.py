@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Enroll the target from a few good photos, once, for test, predict and export."""
+
+from pathlib import Path
+from typing import Any
+
+from anomalib.data.utils import LabelName
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from anomalib_resad.data.cross_category import category_name
+from anomalib_resad.enrollment.draws import draw_references
+from anomalib_resad.enrollment.photos import list_photos, read_references
+from anomalib_resad.enrollment.rotations import Rotations
+from anomalib_resad.method.features import Rows
+from anomalib_resad.method.reference_bank import BankRecord
+from anomalib_resad.post_processor import RankKeepingPostProcessor
+from anomalib_resad.reference_rows import leave_one_out, reference_rows
+from anomalib_resad.torch_model import ResADModel
+from anomalib_resad.training.source_references import validates_on_source
+
+DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
+
+
+def store(model: ResADModel, post_processor: nn.Module | None, rows: Rows, record: BankRecord) -> None:
+    """Replace the bank, and forget the threshold of the product that it held: one never outlives the other."""
+    model.bank.store(rows, record)
+    if isinstance(post_processor, RankKeepingPostProcessor):
+        post_processor.forget_product()
+
+
+def target_category(datamodule: Any) -> str | None:  # noqa: ANN401
+    """Name of the category that a datamodule tests on."""
+    if datamodule is None:
+        return None
+    return category_name(getattr(datamodule, "target", None) or datamodule)
+
+
+class FewShotReferences(Callback):
+    """Enroll the target: from the folder ``references``, else from the train split of the target.
+
+    Which files were taken is printed and stored with the bank.
+
+    Args:
+        k_shot (int | None): Reference photos; ``None`` for all of the folder, or 4 of the train split, drawn with the
+            seed from the sorted paths.
+        references (Path | str | None): Folder of good photos.
+        seed (int): Seed of the draw.
+        false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
+            references alone; ``None`` leaves the threshold as it is stored.
+    """
+
+    def __init__(
+        self,
+        k_shot: int | None = None,
+        references: Path | str | None = None,
+        seed: int = 0,
+        false_alarm_rate: float | None = None,
+    ) -> None:
+        self.k_shot = k_shot
+        self.references = references
+        self.seed = seed
+        self.false_alarm_rate = false_alarm_rate
+        self._training_begins = False
+
+    # -- enrollment ---------------------------------------------------------------------------------------------------
+
+    def enroll(self, trainer: Trainer, pl_module: Any) -> None:  # noqa: ANN401  # a ResAD, which imports this module
+        """Fill the bank, unless it already holds these photos.
+
+        A restored bank (``--ckpt_path``) is kept for its own category, however few or many photos it was made of. The
+        folder ``references``, or another category, replaces it.
+
+        Raises:
+            ValueError: If there are too few photos, or unusable ones.
+            FileNotFoundError: If the folder is missing.
+        """
+        model, datamodule = pl_module.model, getattr(trainer, "datamodule", None)
+        category = target_category(datamodule)
+        photos, where = self._good_photos(datamodule, category)
+        if not photos or (
+            self.references is None and pl_module.keeps_bank and model.bank.record.category in (None, category)
+        ):
+            # Without a target, training needs no bank; where one is used, an empty bank raises an error of its own.
+            if not model.bank.is_empty:
+                rank_zero_info(f"Using the references of the checkpoint: {model.bank.record.names}")
+            return
+        k_shot = self.k_shot if self.k_shot is not None else None if self.references is not None else DEFAULT_SHOTS
+        chosen = photos if k_shot is None else draw_references(photos, k_shot, self.seed, where)
+        read = read_references(chosen)
+        rotations: Rotations = pl_module.hparams["rotations"]  # asked for now: a restored checkpoint brings its own
+        record = BankRecord(
+            category=category,
+            origin="train split" if self.references is None else "folder",
+            k_shot=k_shot,
+            seed=self.seed,
+            files=tuple((each.name, each.sha256) for each in read),
+            photos=len(read),
+            rotations_asked=rotations,
+        )
+        if _same(model.bank.record, record):
+            return
+        rows, orientations = reference_rows(model, pl_module.pre_processor, list(read.values()), rotations)
+        store(model, pl_module.post_processor, rows, BankRecord(**vars(record) | {"rotations": orientations}))
+        drawn = "" if k_shot is None else f" (seed {self.seed})"
+        rank_zero_info(f"Enrolled {len(chosen)} of {len(photos)} good photos of {where}{drawn}: {record.names}")
+        if orientations > 1:
+            why = "They are rotated to each other, so each" if rotations == "auto" else "Each"
+            rank_zero_info(f"{why} was enrolled in {orientations} orientations (rotations={rotations!r}).")
+
+    def _good_photos(self, datamodule: Any, category: str | None) -> tuple[list[str], str]:  # noqa: ANN401
+        """The photos to choose from, none where there is no target, and where they are."""
+        if self.references is not None:
+            return [str(path) for path in list_photos(self.references)], str(self.references)
+        data = getattr(datamodule, "reference_data", getattr(datamodule, "train_data", None))
+        if data is None:
+            return [], ""
+        samples = data.samples
+        return samples.image_path[samples.label_index == LabelName.NORMAL].tolist(), f"the train split of {category}"
+
+    def calibrate(self, pl_module: Any) -> None:  # noqa: ANN401  # a ResAD
+        """Give the enrolled product a threshold of its own, if a rate was given.
+
+        Raises:
+            ValueError: If the bank does not hold whole photos.
+        """
+        model, post_processor = pl_module.model, pl_module.post_processor
+        if self.false_alarm_rate is None or model.bank.is_empty:
+            return
+        if not isinstance(post_processor, RankKeepingPostProcessor):
+            return
+        scores = leave_one_out(model, pl_module.pre_processor)
+        post_processor.calibrate(scores, self.false_alarm_rate)
+        listed = ", ".join(f"{score:.3g}" for score in scores)
+        rank_zero_info(
+            f"Threshold {post_processor.image_threshold.item():.3g} at a target false-alarm rate of "
+            f"{self.false_alarm_rate:g}; the references score {listed} against each other."
+        )
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target, where that is all there is to do."""
+        if not pl_module.is_trainable:
+            self._enroll_and_calibrate(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the model's own hook, which learns the keys."""
+        del trainer
+        self._training_begins = bool(pl_module.is_trainable)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target before the first step.
+
+        Each checkpoint then holds the bank: the backbone is frozen, and the keys do not change any more.
+        """
+        if self._training_begins:
+            self.enroll(trainer, pl_module)
+        self._training_begins = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target where validation is not about source images."""
+        if not validates_on_source(getattr(trainer, "datamodule", None)):
+            self.enroll(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Calibrate anew after what was trained, before the checkpoint is saved."""
+        if trainer.state.fn == TrainerFn.FITTING and pl_module.is_trainable:
+            self.calibrate(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target."""
+        self._enroll_and_calibrate(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target."""
+        self._enroll_and_calibrate(trainer, pl_module)
+
+    def _enroll_and_calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.enroll(trainer, pl_module)
+        self.calibrate(pl_module)
+
+
+def _same(held: BankRecord, wanted: BankRecord) -> bool:
+    """Whether a bank already holds what is wanted; the number of orientations follows from the rest."""
+    return vars(held) | {"rotations": 0} == vars(wanted) | {"rotations": 0}

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The default model's estimator: what residuals look like where a photo is defective, beside two distances."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_resad.method.distributed import total
+from anomalib_resad.method.estimators import Estimator
+from anomalib_resad.method.features import Features, Rows, to_rows
+from anomalib_resad.method.reference_bank import Metric, nearest_rows
+from anomalib_resad.method.self_similarity import self_similarity_distance
+
+# Share of a normal residual's mean squared length below which two patches count as equal, so that the logarithm stays
+# finite and copies of a patch do not decide how far distances spread.
+EQUAL = 5e-3
+TINY = 1e-12  # keeps what never varied from being divided by zero
+# Most normal and most abnormal patches of a training image that the classifier sees. Each image counts the same then,
+# however large its defect is, and matching all of its patches would be most of the cost.
+PATCHES = (96, 32)
+# Least share of a patch that a defect must cover for the patch to be abnormal; patches with less belong to no class.
+ABNORMAL_SHARE = 0.1
+
+
+class EvidenceHead(Estimator):
+    """Anomaly of each patch from three pieces of evidence, each in units of its spread over normal source patches.
+
+    1. The logit of a classifier of the residual: what defects look like. It sees magnitudes, channel by channel, not
+       signs: which side of its reference a patch lies on depends on the product.
+    2. The logarithm of the residual's length: how far the nearest reference is.
+    3. The logarithm of the distance to the nearest patch elsewhere in the photo: how rare the patch is there.
+
+    The distances alone are strong on products that were never seen, and the classifier alone is not: it overfits to the
+    few source categories. So each distance counts twice.
+
+    Args:
+        channels (int): Channels of the residuals.
+        metric (Metric): How the nearest reference is found, ``"l2"`` or ``"cosine"``.
+        hidden (int): Hidden units.
+        dropout (float): Share of the channels that are hidden from the classifier in training. High, because a few
+            source categories have far fewer kinds of defects than residuals have channels.
+    """
+
+    MOMENTUM = 0.02
+    WEIGHTS = (1.0, 2.0, 2.0)
+    trains = True
+
+    def __init__(self, channels: int, metric: Metric = "cosine", hidden: int = 32, dropout: float = 0.5) -> None:
+        super().__init__()
+        self.metric: Metric = metric
+        self.classifier = nn.Sequential(
+            nn.Dropout(dropout), nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1)
+        )
+        # Running statistics of normal patches, the same in training and in evaluation (batch norm's are not).
+        count = len(self.WEIGHTS)
+        self.register_buffer("power", torch.ones(channels))  # mean square of each channel
+        self.register_buffer("mean", torch.zeros(count))
+        self.register_buffer("variance", torch.ones(count))
+        self.register_buffer("batches", torch.zeros(()))
+        self.power: Tensor
+        self.mean: Tensor
+        self.variance: Tensor
+        self.batches: Tensor
+
+    def forward(self, features: Features, matched: Sequence[Tensor]) -> list[Tensor]:
+        """Anomaly of each patch, about 0 for normal ones; see :meth:`Estimator.forward`."""
+        assert features.keys is not None
+        (values,), (match,) = features.values, matched
+        elsewhere = self_similarity_distance(features.keys)
+        return [self.anomalies(to_rows(values) - to_rows(match), elsewhere)]
+
+    def losses(
+        self, features: Features, references: Sequence[Rows], mask: Tensor, progress: float
+    ) -> Iterator[dict[str, Tensor]]:
+        """One step, on some normal and some abnormal patches of each image, drawn at random; only these are matched.
+
+        See :meth:`Estimator.losses`.
+        """
+        del progress
+        assert features.keys is not None
+        (values,) = features.values
+        shares = F.adaptive_avg_pool2d(mask[:, None].float(), values.shape[-2:]).flatten(1)  # (B, H * W)
+        elsewhere = self_similarity_distance(features.keys).flatten(1)
+        residuals, distances, labels = [], [], []
+        for image, keys, rows, share, distance_map in zip(
+            values, features.keys, references, shares, elsewhere, strict=True
+        ):
+            assert rows.keys is not None
+            shuffled = torch.randperm(len(share), device=share.device)
+            sides = (share[shuffled] == 0, share[shuffled] >= ABNORMAL_SHARE)
+            chosen = torch.cat([shuffled[side][:most] for side, most in zip(sides, PATCHES, strict=True)])
+            nearest = nearest_rows(to_rows(keys[None])[chosen], rows.keys, self.metric)
+            residuals.append(to_rows(image[None])[chosen] - rows.values[0][nearest])
+            distances.append(distance_map[chosen])
+            labels.append(share[chosen] > 0)
+        yield {"head": self.loss(torch.cat(residuals), torch.cat(distances), torch.cat(labels))}
+
+    def evidence(self, residuals: Tensor, elsewhere: Tensor) -> Tensor:
+        """The three pieces of evidence of some patches.
+
+        Args:
+            residuals (Tensor): ``x - x*``, shape ``(N, C)``.
+            elsewhere (Tensor): Squared distances to the nearest patch elsewhere in the same photo, shape ``(N,)``.
+
+        Returns:
+            Tensor: Logit and two log-distances, shape ``(N, 3)``.
+        """
+        logit = self.classifier(residuals.abs() * self.power.clamp(min=TINY).rsqrt())
+        shortest = EQUAL * self.power.sum() + TINY
+        distances = torch.cat([residuals.square().sum(dim=1, keepdim=True), elsewhere[:, None]], dim=1)
+        return torch.cat([logit, torch.maximum(distances, shortest).log()], dim=1)
+
+    def anomalies(self, residuals: Tensor, elsewhere: Tensor) -> Tensor:
+        """Weighted sum of the evidence, ``(B * H * W, C)`` and ``(B, H, W)`` to ``(B, H, W)``."""
+        evidence = self.evidence(residuals, elsewhere.flatten())
+        weights = torch.tensor(self.WEIGHTS).to(evidence) * self.variance.clamp(min=TINY).rsqrt()
+        return ((evidence - self.mean) * weights).sum(dim=1).reshape(elsewhere.shape)
+
+    def loss(self, residuals: Tensor, elsewhere: Tensor, labels: Tensor) -> Tensor:
+        """Binary cross-entropy; normal and abnormal patches count the same, however rare the abnormal ones are.
+
+        Args:
+            residuals (Tensor): Shape ``(N, C)``.
+            elsewhere (Tensor): As of :meth:`evidence`; only the statistics depend on it.
+            labels (Tensor): 1 for abnormal patches, shape ``(N,)``.
+        """
+        normal = labels == 0
+        if self.training:
+            self._follow(residuals[normal], elsewhere[normal])
+        logits = self.evidence(residuals, elsewhere)[:, 0]
+        losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        sides = [losses[side].mean() for side in (normal, ~normal) if bool(side.any())]
+        return torch.stack(sides).sum() / 2
+
+    @torch.no_grad()
+    def _follow(self, residuals: Tensor, elsewhere: Tensor) -> None:
+        """Let the statistics follow normal patches (of all processes), as they are without dropout.
+
+        The first batches count the same, later ones as a moving average.
+        """
+        count = total(residuals.new_tensor(len(residuals)))
+        if count < 2:
+            return
+        self.batches += 1
+        weight = max(self.MOMENTUM, 1 / float(self.batches))
+        self.power.lerp_(total(residuals.square().sum(dim=0)) / count, weight)
+        self.eval()
+        evidence = self.evidence(residuals, elsewhere)
+        self.train()
+        mean = total(evidence.sum(dim=0)) / count
+        self.mean.lerp_(mean, weight)
+        self.variance.lerp_(total((evidence - mean).square().sum(dim=0)) / count, weight)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Source photos on their way into training: those whose features are kept are not read again.
+
+The loader's worker processes decode the other photos; a batch then holds photos as they are, not yet resized to the
+model's input, and paths alone where nothing needs to be decoded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataset, ImageItem
+from anomalib.data.utils import LabelName
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import Compose, Resize
+
+WHOLE = "data"  # category of datamodules that have only one
+
+
+@dataclass
+class SourcePhoto:
+    """A photo, decoded, or only its path.
+
+    Attributes:
+        path (str): The file.
+        label (int): 1 if it is defective.
+        image (Tensor | None): RGB in 0..1, shape ``(3, H, W)``; ``None`` if it was not decoded.
+        mask (Tensor | None): Where it is defective, shape ``(H, W)``; ``None`` for good photos, and where not decoded.
+    """
+
+    path: str
+    label: int
+    image: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass
+class SourceBatch:
+    """A batch of source photos of any sizes.
+
+    Attributes:
+        photos (list[SourcePhoto]): The photos.
+        image (None): anomalib's pre-processor looks for it, and finds nothing to do: photos are prepared one by one.
+        gt_mask (None): The same.
+    """
+
+    photos: list[SourcePhoto] = field(default_factory=list)
+    image: None = None
+    gt_mask: None = None
+
+
+def category_of(dataset: AnomalibDataset) -> dict[str, str]:
+    """Category of each photo of a data set."""
+    samples = dataset.samples
+    categories = samples.category if "category" in samples else [WHOLE] * len(samples)
+    return dict(zip(samples.image_path, categories, strict=True))
+
+
+def augments(dataset: AnomalibDataset) -> bool:
+    """Whether a data set changes its images at random; anomalib adds the model's own resizing, which does not."""
+    transform = getattr(dataset, "augmentations", None)
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    return any(step is not None and not isinstance(step, Resize) for step in steps)
+
+
+class SourcePhotos(Dataset):
+    """A data set of anomalib whose items are :class:`SourcePhoto`, decoded only where that is needed.
+
+    Everything else is the data set's own.
+
+    Args:
+        dataset (AnomalibDataset): The data set.
+
+    Attributes:
+        kept (set[str] | None): Photos that need no decoding; ``None``, before training starts, for all of them.
+    """
+
+    def __init__(self, dataset: AnomalibDataset) -> None:
+        self.dataset = dataset
+        self.kept: set[str] | None = None
+        self._index = {path: index for index, path in enumerate(dataset.samples.image_path)}
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        """What the data set has."""
+        if name.startswith("__") or name == "dataset":  # not there yet while a worker process unpickles it
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __len__(self) -> int:
+        """Number of photos."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> SourcePhoto:
+        """One photo, decoded if it has to be."""
+        sample = self.dataset.samples.iloc[index]
+        path = str(sample.image_path)
+        if self.kept is None or path in self.kept:
+            return SourcePhoto(path, int(sample.label_index))
+        return self.read(path)
+
+    def read(self, path: str) -> SourcePhoto:
+        """One photo by its path, decoded by the data set itself.
+
+        Raises:
+            ValueError: If it is defective and has no mask.
+        """
+        item: ImageItem = self.dataset[self._index[path]]
+        label = int(item.gt_label) if item.gt_label is not None else int(LabelName.NORMAL)
+        if label == LabelName.ABNORMAL and item.gt_mask is None:
+            msg = f"{path} is defective and has no mask. Train with CrossCategory, which leaves such images out."
+            raise ValueError(msg)
+        mask = item.gt_mask if label == LabelName.ABNORMAL else None
+        return SourcePhoto(path, label, torch.as_tensor(item.image), mask)
+
+    @staticmethod
+    def collate_fn(photos: Sequence[SourcePhoto]) -> SourceBatch:
+        """Photos of different sizes are no tensor."""
+        return SourceBatch(list(photos))

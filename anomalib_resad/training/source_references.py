@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Features and references of source images: what a training step and a validation on source images work on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.data.utils import LabelName
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
+from torchvision.tv_tensors import Mask
+
+from anomalib_resad.enrollment.draws import draw, seeded
+from anomalib_resad.enrollment.photos import read_references
+from anomalib_resad.enrollment.rotations import Rotations
+from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, rows_of
+from anomalib_resad.reference_rows import LARGE_ENOUGH, encode_photo, pre_process, read_photo, reference_rows
+from anomalib_resad.torch_model import ResADModel
+from anomalib_resad.training.feature_cache import FeatureCache, Picture
+from anomalib_resad.training.reference_pools import ReferencePools
+from anomalib_resad.training.source_photos import SourceBatch, SourcePhoto, SourcePhotos, augments
+from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_share, is_painted, paint_photo
+
+# Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
+KEY_PHOTOS = 64
+
+
+def validates_on_source(datamodule: Any) -> bool:  # noqa: ANN401
+    """Whether the validation images of a datamodule are source images, which need references of their category."""
+    held_out = getattr(datamodule, "val_data", None)
+    return held_out is not None and "category" in held_out.samples
+
+
+class SourceReferences:
+    """Gives each training image its features, references of its own, and where it is defective.
+
+    The references of an image are drawn from the good training images of its category, never the image itself, seeded
+    by epoch and image. Each photo is read and decoded once, and its features are kept as far as there is room; some
+    good photos are replaced by a version with a synthetic defect, others in each epoch.
+
+    Args:
+        k_shot (int): References of an image.
+        seed (int): Seed of the draws, and of the synthetic defects.
+        cache_gb (float): Most memory for features, in GB; 0 computes them anew in each epoch.
+        synthetic (float): Share of the good images that get a defect; 0.5 at least where no image has a real one.
+
+    Raises:
+        ValueError: If ``synthetic`` is no share.
+    """
+
+    def __init__(self, k_shot: int = 4, seed: int = 0, cache_gb: float = 4.0, synthetic: float = 0.0) -> None:
+        check_share(synthetic)
+        self.k_shot = k_shot
+        self.seed = seed
+        self.synthetic = synthetic
+        self.cache = FeatureCache(int(cache_gb * 1e9))
+        self._pools: ReferencePools | None = None
+        self._held_out: dict[str, Rows] = {}  # by source category
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    @staticmethod
+    def take_over(datamodule: Any) -> None:  # noqa: ANN401
+        """Let a datamodule's training photos come undecoded where their features are kept."""
+        if isinstance(datamodule, AnomalibDataModule) and not isinstance(datamodule.train_data, SourcePhotos):
+            datamodule.train_data = SourcePhotos(datamodule.train_data)
+
+    @staticmethod
+    def give_back(datamodule: Any) -> None:  # noqa: ANN401
+        """Undo :meth:`take_over`."""
+        if isinstance(getattr(datamodule, "train_data", None), SourcePhotos):
+            datamodule.train_data = datamodule.train_data.dataset
+
+    def start(self, trainer: Trainer, model: ResADModel, pre_processor: nn.Module | None) -> None:
+        """Compute the features that are kept, and learn the keys of joined levels, in every process alike."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        given = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
+        self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given)
+        self._photos.kept = set()
+        self._model, self._pre_processor = model, pre_processor
+        self._size = pre_process(pre_processor, torch.zeros(1, 3, *LARGE_ENOUGH)).shape[-2:]
+        held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
+        self._pools = ReferencePools(self._photos.dataset, *held_out)
+        has_real = bool((self._photos.dataset.samples.label_index == LabelName.ABNORMAL).any())
+        self._share = self.synthetic if has_real else max(self.synthetic, SHARE_WITHOUT_REAL)
+        if not has_real:
+            rank_zero_info("The training data holds no real defects: synthetic ones stand in.")
+        if self.cache.max_bytes and not augments(self._photos.dataset):
+            self._fill(trainer.is_global_zero, getattr(datamodule, "num_workers", 0))
+        self._learn_keys()
+
+    def _fill(self, visible: bool, num_workers: int) -> None:
+        """Read each photo once and keep its features, and those of its painted version, as far as there is room."""
+        self.cache.clear()
+        photos = DataLoader(self._photos, batch_size=None, num_workers=num_workers)
+        console = Console(stderr=True)
+        for photo in track(photos, "Encoding source photos", console=console, transient=True, disable=not visible):
+            versions = [False, True] if self._share and photo.label == LabelName.NORMAL else [False]
+            pictures = {painted: self._encode([self._prepared(photo, painted)])[0] for painted in versions}
+            if not all(self.cache.put(photo.path, picture, painted) for painted, picture in pictures.items()):
+                break
+            assert self._photos.kept is not None
+            self._photos.kept.add(photo.path)
+        rank_zero_info(f"Features of {self.cache} are kept.")
+
+    def _learn_keys(self) -> None:
+        """Learn the directions of the keys from good photos, unless that was done before."""
+        join = self._model.encoder.join
+        if join is None or join.learned:
+            return
+        assert self._pools is not None
+        good = sorted(self._pools.good.items())
+        most = max(1, KEY_PHOTOS // len(good))
+        drawn = [draw(paths, min(most, len(paths)), seeded(self.seed, name, "keys")) for name, paths in good]
+        paths = [path for category in drawn for path in category]
+        rank_zero_info(f"Learning what to match by, from {len(paths)} good photos of {len(good)} source categories.")
+        join.learn(self._features_of(path).values[0] for path in paths)
+        with torch.no_grad():
+            self.cache.replace_keys(join.keys_of)
+
+    def stop(self) -> None:
+        """Free the features of source images."""
+        self.cache.clear()
+        self._held_out.clear()
+        self._pools = None
+
+    # -- of a batch ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, batch: SourceBatch | ImageBatch, epoch: int) -> tuple[Features, list[Rows], Tensor]:
+        """What a training step needs.
+
+        Args:
+            batch (SourceBatch | ImageBatch): The batch; of anomalib's own, from a user's loader, only the paths count.
+            epoch (int): The epoch, on which draws and synthetic defects depend.
+
+        Returns:
+            tuple[Features, list[Rows], Tensor]: Features, references of each image, and masks ``(B, H, W)``, 1 where
+                an image is defective.
+
+        Raises:
+            ValueError: If a defective image has no mask, or a category too few good images.
+        """
+        pictures = self._pictures(self._photos_of(batch), epoch)
+        levels = [torch.cat(level) for level in zip(*(as_list(each.features) for _, each in pictures), strict=True)]
+        features = from_list(levels, self._model.bank.keyed)
+        blank = torch.zeros(*self._size, device=levels[0].device)
+        masks = [blank if picture.mask is None else picture.mask.to(blank) for _, picture in pictures]
+        assert self._pools is not None
+        references = [self._rows(self._pools.draw(path, self.k_shot, self.seed, epoch, path)) for path, _ in pictures]
+        return features, references, torch.stack(masks)
+
+    @staticmethod
+    def _photos_of(batch: SourceBatch | ImageBatch) -> list[SourcePhoto]:
+        if isinstance(batch, SourceBatch):
+            return batch.photos
+        assert batch.image_path is not None
+        labels = [0] * len(batch.image_path) if batch.gt_label is None else batch.gt_label.tolist()
+        return [SourcePhoto(path, int(label)) for path, label in zip(batch.image_path, labels, strict=True)]
+
+    def _pictures(self, photos: Sequence[SourcePhoto], epoch: int) -> list[tuple[str, Picture]]:
+        """Features and masks of photos, or of their painted versions; what is not kept is computed together."""
+        painted = [
+            photo.label == LabelName.NORMAL and is_painted(self.seed, epoch, photo.path, self._share)
+            for photo in photos
+        ]
+        found = [self.cache.get(photo.path, paint) for photo, paint in zip(photos, painted, strict=True)]
+        missing = [index for index, picture in enumerate(found) if picture is None]
+        prepared = [self._prepared(photos[index], painted[index]) for index in missing]
+        for index, picture in zip(missing, self._encode(prepared), strict=True):
+            found[index] = picture
+        return [(photo.path, picture) for photo, picture in zip(photos, found, strict=True) if picture is not None]
+
+    def _prepared(self, photo: SourcePhoto, painted: bool) -> tuple[Tensor, Tensor | None]:
+        """A photo, or its painted version, as the backbone takes it, ``(1, 3, H, W)``, and its mask ``(H, W)``."""
+        if photo.image is None:
+            photo = self._photos.read(photo.path)
+        assert photo.image is not None
+        if painted:
+            image = photo.image
+            for resize in extract_transforms_by_type(getattr(self._pre_processor, "transform", None), Resize):
+                image = resize(image)
+            image, mask = paint_photo(image.cpu(), photo.path, self.seed)
+            return pre_process(self._pre_processor, image[None]), mask
+        images = pre_process(self._pre_processor, photo.image[None])
+        if photo.mask is None:
+            return images, None
+        return images, pre_process(self._pre_processor, Mask(photo.mask)[None]).squeeze(0)
+
+    @torch.no_grad()
+    def _encode(self, prepared: Sequence[tuple[Tensor, Tensor | None]]) -> list[Picture]:
+        """Features of prepared photos."""
+        if not prepared:
+            return []
+        device = next(self._model.parameters()).device
+        features = self._model.encode(torch.cat([image for image, _ in prepared]).to(device))
+        return [Picture(features.photo(index), mask) for index, (_, mask) in enumerate(prepared)]
+
+    def _features_of(self, path: str) -> Features:
+        """Features of a reference photo."""
+        kept = self.cache.get(path)
+        return kept.features if kept else encode_photo(self._model, self._pre_processor, read_photo(path))
+
+    def _rows(self, paths: list[str]) -> Rows:
+        """Bank rows of some photos."""
+        photos = [as_list(rows_of(self._features_of(path))) for path in paths]
+        return rows_from_list([torch.cat(level) for level in zip(*photos, strict=True)], self._model.bank.keyed)
+
+    # -- of a validation ----------------------------------------------------------------------------------------------
+
+    def held_out(
+        self,
+        paths: Sequence[str],
+        datamodule: Any,  # noqa: ANN401
+        model: ResADModel,
+        pre_processor: nn.Module | None,
+        rotations: Rotations,
+    ) -> list[Rows]:
+        """References of held-out source images: one draw per category, enrolled as a product's references are.
+
+        Args:
+            paths (Sequence[str]): The images.
+            datamodule (Any): Where they come from.
+            model (ResADModel): The model.
+            pre_processor (nn.Module | None): What comes before it.
+            rotations (Rotations): Orientations of each reference.
+        """
+        pools = self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)
+        for path in paths:
+            category = pools.category_of[path]
+            if category not in self._held_out:
+                drawn = pools.draw(path, self.k_shot, self.seed, category)
+                rows, _ = reference_rows(model, pre_processor, list(read_references(drawn).values()), rotations)
+                device = next(model.parameters()).device
+                levels = [level.to(device) for level in as_list(rows)]
+                self._held_out[category] = rows_from_list(levels, model.bank.keyed)
+        return [self._held_out[pools.category_of[path]] for path in paths]
+
+    def forget_held_out(self) -> None:
+        """Draw the references of held-out images anew: for a validation by itself, of weights that may be others."""
+        self._held_out.clear()
