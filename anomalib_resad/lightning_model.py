@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""ResAD as an anomalib model.
+"""ResAD (NeurIPS 2024, arXiv 2410.20047) and ResAD++ (IJCV 2026, arXiv 2509.23741) as an anomalib model.
 
-Yao et al., "ResAD: A Simple Framework for Class Generalizable Anomaly Detection", NeurIPS 2024, arXiv 2410.20047, and
-"ResAD++: Towards Class Agnostic Anomaly Detection via Residual Feature Learning", IJCV 2026, arXiv 2509.23741.
-
-Two phases, one model. Without ``checkpoint`` it trains on the source categories of
-:class:`~anomalib_resad.CrossCategory`, or on one category with synthetic defects. With ``checkpoint`` there is nothing
-to train: `fit` and `train` enroll a new category from a few good photos, in seconds.
+Without ``checkpoint`` it trains on the source categories of :class:`~anomalib_resad.CrossCategory`, or on one category
+with synthetic defects. With one there is nothing to train: `fit` and `train` enroll a new category, in seconds.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib import LearningType
@@ -25,14 +21,12 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
 
 from anomalib_resad.checkpoint import load_checkpoint, restore, start_from
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
-from anomalib_resad.export.anomalib_export import calibration_photos, check_compression, write_thresholds
+from anomalib_resad.export.anomalib_export import check_compression, finish_openvino, quantize, write_thresholds
 from anomalib_resad.few_shot_references import DEFAULT_SHOTS, FewShotReferences
 from anomalib_resad.method.backbone import choose_layers
 from anomalib_resad.method.constraintor import ConstraintorKind
@@ -45,7 +39,7 @@ from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import resize_and_normalize
 from anomalib_resad.torch_model import BUILD_ARGUMENTS, ResADModel, build, fit_to_backbone
 from anomalib_resad.training.epoch_seeds import EpochSeeds
-from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of
+from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of, take_steps
 from anomalib_resad.training.source_photos import SourceBatch
 from anomalib_resad.training.source_references import SourceReferences, validates_on_source
 
@@ -53,29 +47,23 @@ from anomalib_resad.training.source_references import SourceReferences, validate
 class ResAD(AnomalibModule):
     """Residual few-shot anomaly detection for categories that were never trained on.
 
-    ``variant`` chooses the method: this package's default ``fused``, or a published one. Arguments that are left at
-    ``None`` take the method's value, given below as fused / resad / resad++, or - where a method does not have the
-    argument; then it is refused.
+    ``variant`` chooses the method. Arguments that are left at ``None`` take the method's value, given below as
+    fused / resad / resad++, or - where a method does not have the argument; then it is refused.
 
     Args:
         backbone (str): timm model name of the frozen feature extractor.
-        layers (Sequence[str] | None): Levels, as timm names them; by default a pyramid's strides 4, 8 and 16, or the
-            blocks at the quarters of a vision transformer's depth.
+        layers (Sequence[str] | None): Levels, as timm names them; see `backbone.Backbone.default_layers`.
         weights (Path | str | None): Local file with the backbone's weights (a timm state dict).
         pre_trained (bool): Use timm's pretrained weights if there is no ``weights``.
         k_shot (int | None): Reference photos of a category; by default all of ``references``, else 4.
         references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.
         reference_seed (int): Seed of the draws of references.
-        false_alarm_rate (float | None): Target share of good photos above the threshold. The product then gets a
-            threshold of its own, from its references alone. ``None`` uses the stored threshold.
-        checkpoint (Path | str | None): A trained ResAD. Then there is nothing to train, only to enroll; the backbone
-            and the method's settings are the checkpoint's.
+        false_alarm_rate (float | None): Target share of good photos above a threshold that is the product's own.
+        checkpoint (Path | str | None): A trained ResAD, whose backbone and method are taken; nothing is trained then.
         variant (Variant): ``"fused"``, ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
-        estimator (EstimatorKind | None): ``"distance"`` for the plain distance to the nearest reference, which needs no
-            training; head / flow / flow.
+        estimator (EstimatorKind | None): ``"distance"`` for the plain distance, without training; head / flow / flow.
         match (Metric | None): Nearest reference by ``"l2"`` or ``"cosine"``; cosine / l2 / cosine.
-        projection (int | None): Channels of the keys by which joined levels are matched, 0 to match each level by
-            itself; 64 / 0 / 0.
+        projection (int | None): Channels of the keys of joined levels, 0 matches each level by itself; 64 / 0 / 0.
         residual (Residual | None): - / difference / squared; or ``"none"`` for plain features.
         constraintor (ConstraintorKind | None): - / conv_bn_relu / conv_bn_relu, but ``"mlp"`` for vision transformers.
         occ (OneClass | None): The constraintor's loss; - / abnormal_invariant / log_barrier_bidirectional.
@@ -88,20 +76,18 @@ class ResAD(AnomalibModule):
         push_pull_weight (float | None): Weight of the semi-push-pull terms (lambda of the paper); - / 1 / 1.
         warmup (float | None): Share of the training on the likelihood of normal patches alone; - / 0 / 0.1.
         flow_batch_size (int | None): Most patch vectors of a level in one flow step; - / 8192 / 8192.
-        flow_steps (int | None): Most flow steps per batch; by default as many as use every patch once.
-        synthetic (float | None): Share of good training images that get a painted defect; 0.5 / 0 / 0. Where there are
-            no real defects it is 0.5 at least.
-        rotations (Rotations | None): Orientations of each reference photo: 8 for every 45 degrees, 1 for the photo
-            alone, ``"auto"`` for 8 where the photos are rotated to each other; auto / 1 / 1.
-        lr (float | None): Learning rate of Adam, x 0.1 after 70 % and 90 % of the epochs; 3e-4 / 1e-5 / 1e-5.
-        weight_decay (float | None): Weight decay of Adam; 5e-4.
+        flow_steps (int | None): Most flow steps per batch; by default every patch is used once.
+        synthetic (float | None): Share of good training images that get a painted defect; 0.5 / 0 / 0.
+        rotations (Rotations | None): Orientations of each reference photo, or ``"auto"``; auto / 1 / 1.
+        lr (float | None): Adam's learning rate, x 0.1 after 70 % and 90 % of the epochs; 3e-4 / 1e-5 / 1e-5.
+        weight_decay (float | None): Adam's weight decay; 5e-4.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
         image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
-        pre_processor (PreProcessor | bool): Pre-processor, or whether to use the default one.
-        post_processor (PostProcessor | bool): Post-processor, or whether to use the default one.
-        evaluator (Evaluator | bool): Evaluator, or whether to use the default one.
-        visualizer (Visualizer | bool): Visualizer, or whether to use the default one.
+        pre_processor (PreProcessor | bool): As in all models of anomalib, like the three that follow.
+        post_processor (PostProcessor | bool): The same.
+        evaluator (Evaluator | bool): The same.
+        visualizer (Visualizer | bool): The same.
 
     Raises:
         ValueError: If an argument, or the checkpoint, cannot be used.
@@ -150,8 +136,7 @@ class ResAD(AnomalibModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        if false_alarm_rate is not None:
-            check_rate(false_alarm_rate)
+        check_rate(0.5 if false_alarm_rate is None else false_alarm_rate)
         check_rotations(1 if rotations is None else rotations)
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
@@ -169,14 +154,10 @@ class ResAD(AnomalibModule):
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
-        self.source = self._make_source()
+        self.source = SourceReferences(k_shot or DEFAULT_SHOTS, reference_seed, cache_gb, self.hparams["synthetic"])
         self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
 
     # -- components ---------------------------------------------------------------------------------------------------
-
-    def _make_source(self) -> SourceReferences:
-        shots, share = self.hparams["k_shot"] or DEFAULT_SHOTS, self.hparams["synthetic"] or 0.0
-        return SourceReferences(shots, self.hparams["reference_seed"], self.hparams["cache_gb"], share)
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> PreProcessor:
@@ -191,9 +172,8 @@ class ResAD(AnomalibModule):
         """Anomalib's components, the seeds before them, and the enrollment right behind the pre-processor."""
         components = super().configure_callbacks()
         assert isinstance(components, list)
-        names = ("k_shot", "references", "reference_seed", "false_alarm_rate")
-        references = FewShotReferences(*(self.hparams[name] for name in names))
-        return [EpochSeeds(), *components[:1], references, *components[1:]]
+        given = [self.hparams[name] for name in ("k_shot", "references", "reference_seed", "false_alarm_rate")]
+        return [EpochSeeds(), *components[:1], FewShotReferences(*given), *components[1:]]
 
     @property
     def learning_type(self) -> LearningType:
@@ -203,8 +183,8 @@ class ResAD(AnomalibModule):
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """With nothing left to train, one step of one epoch, so that `fit` enrolls, validates and saves."""
-        arguments: dict[str, Any] = {"num_sanity_val_steps": 0, "gradient_clip_val": 0}
-        return arguments if self.is_trainable else arguments | {"max_epochs": 1, "limit_train_batches": 1}
+        once: dict[str, Any] = {} if self.is_trainable else {"max_epochs": 1, "limit_train_batches": 1}
+        return {"num_sanity_val_steps": 0, "gradient_clip_val": 0} | once
 
     # -- training and validation --------------------------------------------------------------------------------------
 
@@ -215,20 +195,19 @@ class ResAD(AnomalibModule):
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
         if stage == "fit" and self.is_trainable:
             self.source.take_over(getattr(self.trainer, "datamodule", None))
+        self.source.stop()  # what is kept of an earlier run belongs to other weights
 
     def teardown(self, stage: str) -> None:
         """Give the source photos back to their datamodule, and free what was kept of them."""
         super().teardown(stage)
-        if stage == "fit":
-            self.source.give_back(getattr(self.trainer, "datamodule", None))
-            self.source.stop()
+        self.source.give_back(getattr(self.trainer, "datamodule", None))
+        self.source.stop()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """See :func:`~anomalib_resad.training.optimizer.adam_with_milestones`; nothing where there is no training."""
         if not self.is_trainable:
             return None
-        lr, weight_decay = self.hparams["lr"], self.hparams["weight_decay"]
-        return adam_with_milestones(self.model.estimator, lr, weight_decay, self.trainer.max_epochs)
+        return adam_with_milestones(self.model.estimator, self.hparams, self.trainer.max_epochs)
 
     def on_train_start(self) -> None:
         """Compute the features of the source photos that are kept."""
@@ -241,40 +220,26 @@ class ResAD(AnomalibModule):
             return torch.zeros((), device=self.device, requires_grad=True)
         features, references, mask = self.source.prepare(batch, self.current_epoch)
         done = self.current_epoch + batch_idx / self.trainer.num_training_batches
-        optimizer: Any = self.optimizers()
-        losses: dict[str, Tensor] = {}
-        for losses in self.model.losses(features, references, mask, done / epochs_of(self.trainer.max_epochs)):
-            optimizer.zero_grad()
-            self.manual_backward(torch.stack([*losses.values()]).sum())
-            optimizer.step()
+        steps = self.model.losses(features, references, mask, done / epochs_of(self.trainer.max_epochs))
+        logged = take_steps(steps, self.optimizers(), self.manual_backward)
         average_batch_norms(self.model.estimator.modules())
-        logged = {f"train_{name}": loss.detach() for name, loss in losses.items()}
         self.log_dict(logged, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(references))
         return None
 
     def on_train_epoch_end(self) -> None:
         """Step the learning rate, which Lightning leaves to models that optimize by hand."""
-        scheduler: Any = self.lr_schedulers()
-        if self.is_trainable and scheduler is not None:
-            scheduler.step()
-
-    def on_validation_start(self) -> None:
-        """Draw the references of held-out images anew in a validation by itself: the weights may be others."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self.source.forget_held_out()
+        if self.is_trainable:
+            self.lr_schedulers().step()  # type: ignore[union-attr]
 
     def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
         del args, kwargs
         assert batch.image is not None
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if validates_on_source(datamodule):
-            assert batch.image_path is not None
-            rotations = self.hparams["rotations"]
-            rows = self.source.held_out(batch.image_path, datamodule, self.model, self.pre_processor, rotations)
-            predictions = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
-        else:
-            predictions = self.model(batch.image)
+        if not validates_on_source(datamodule):
+            return batch.update(**self.model(batch.image)._asdict())
+        rows = self.source.held_out(batch, datamodule, self.model, self.pre_processor, self.hparams["rotations"])
+        predictions = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
         return batch.update(**predictions._asdict())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -289,16 +254,17 @@ class ResAD(AnomalibModule):
         super().on_load_checkpoint(checkpoint)
         if restore(self, checkpoint, self._given):
             self.model.to(self.device)
-            self.source = self._make_source()
+            self.source.synthetic = self.hparams["synthetic"] or 0.0
         self.keeps_bank = len(checkpoint["state_dict"].get("model.bank.rows_0", ())) > 0
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Path | str, **kwargs: Any) -> "ResAD":  # type: ignore[override]  # noqa: ANN401
-        """Restore a checkpoint, also one of an earlier version; arguments and errors as of :func:`load_checkpoint`."""
+        """Restore a checkpoint, also one of an earlier version; errors as of :func:`load_checkpoint`."""
         upgraded = load_checkpoint(checkpoint_path)["hyper_parameters"]
-        return super().load_from_checkpoint(checkpoint_path, **{name: upgraded[name] for name in SETTINGS} | kwargs)
+        given: dict[str, Any] = {name: upgraded[name] for name in SETTINGS} | kwargs
+        return cast("ResAD", super().load_from_checkpoint(checkpoint_path, **given))
 
-    # -- anomalib's exports; `export.edge_bundle` has the one that enrolls products on the device ---------------------
+    # -- anomalib's exports -------------------------------------------------------------------------------------------
 
     def to_openvino(  # type: ignore[override]
         self,
@@ -308,11 +274,10 @@ class ResAD(AnomalibModule):
         compression_type: CompressionType | None = None,
         **kwargs: Any,  # noqa: ANN401
     ) -> Path:
-        """Export to OpenVINO as anomalib does, in a form that every device computes in float32.
+        """Export to OpenVINO as anomalib does, in float32 on every device, with the thresholds beside the model.
 
         Where OpenVINO chooses bfloat16 by itself, a plain export finds other references and other maps. ``INT8_PTQ``
-        quantizes the backbone's convolutions alone. The thresholds are written beside the model. See anomalib's method
-        for the arguments.
+        quantizes the backbone's convolutions alone. See anomalib's method for the arguments.
 
         Raises:
             ValueError: If ``compression_type`` is ``INT8`` or ``INT8_ACQ``, or ``INT8_PTQ`` finds nothing to quantize.
@@ -321,19 +286,12 @@ class ResAD(AnomalibModule):
         # anomalib's opset 14 fails and falls back to 18, with a traceback.
         kwargs["onnx_kwargs"] = {"opset_version": 18} | (kwargs.get("onnx_kwargs") or {})
         path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
-        from anomalib_resad.export.openvino_float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
-
-        rewrite_in_float32(path)
-        write_thresholds(path, self.model, self.pre_processor, self.post_processor)
+        finish_openvino(path, self.model, self.pre_processor, self.post_processor)
         return path
 
     @staticmethod
     def _post_training_quantization_ov(model: Any, datamodule: AnomalibDataModule | None = None) -> Any:  # noqa: ANN401
-        """Quantize the backbone alone, on the datamodule's good training photos."""
-        photos = calibration_photos(datamodule)
-        from anomalib_resad.export.openvino_float32 import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
-
-        return quantize_backbone(model, photos)
+        return quantize(model, datamodule)
 
     def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]  # noqa: ANN401
         """Export to ONNX as anomalib does, with the thresholds beside it."""

@@ -96,7 +96,11 @@ def main(
         categories=[target],
         methods={
             "ResAD": {"class_path": "anomalib_resad.ResAD", "source_epochs": epochs},
-            "its distance": {"class_path": "anomalib_resad.ResAD", "init_args": {"estimator": "distance"}},
+            "its distance": {
+                "class_path": "anomalib_resad.ResAD",
+                "init_args": {"estimator": "distance"},
+                "trained_as": "ResAD",
+            },
             "Patchcore": {"class_path": "anomalib.models.Patchcore"},
         },
         output=output,

@@ -22,10 +22,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from anomalib_resad.deploy.bundle import write_whole
+from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.enrollment.photos import photo_files, read_pixels
-from anomalib_resad.enrollment.rotations import TURNS
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import list_photos, read_pixels
+from anomalib_resad.enrollment.ranking import auroc
+from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
 
 REPEATS = 7
 PATCHCORE_SIZE = (224, 224)
@@ -50,11 +52,8 @@ def memory_mb() -> float:
 
 def auroc_of(inferencer: ResADInferencer, product: str, photos: Sequence[Path]) -> float | None:
     """Image AUROC on photos whose folder says whether they are good."""
-    scores = np.array([inferencer.predict(photo, product).raw_score for photo in photos])
-    good = np.array([photo.parent.name == "good" for photo in photos])
-    if good.all() or not good.any():
-        return None
-    return float(np.mean(scores[~good][:, None] > scores[good][None]))
+    scores = [inferencer.predict(photo, product).raw_score for photo in photos]
+    return auroc(scores, [photo.parent.name != "good" for photo in photos])
 
 
 def device(
@@ -79,22 +78,13 @@ def device(
         patchcore: Patchcore exported to OpenVINO with the same backbone and references, to time in turn.
         most: Photos to inspect, evenly spaced.
     """
-    chosen, every = photo_files(references), photo_files(photos)
+    chosen, every = list_photos(references), list_photos(photos)
     tests = every[:: max(1, -(-len(every) // most))]
     with TemporaryDirectory() as banks:
         start = time.perf_counter()
         inferencer = ResADInferencer(bundle, banks=banks, threads=threads)
         loading = time.perf_counter() - start
-        enrolling = []
-        for attempt in range(4):
-            start = time.perf_counter()
-            bank = inferencer.enroll(f"try {attempt}", chosen)
-            enrolling.append(time.perf_counter() - start)
-        given: dict[str, float] = {}
-        for name, rotations in (("plain", 1), ("turned", TURNS)):
-            start = time.perf_counter()
-            inferencer.enroll(name, chosen, rotations=rotations)
-            given[f"enroll_{name}_s"] = time.perf_counter() - start
+        bank, enrolling = _enroll(inferencer, chosen)
         pixels = read_pixels(tests[0])
         result: dict[str, Any] = {
             "backbone": inferencer.manifest.backbone,
@@ -103,13 +93,11 @@ def device(
             "bundle_mb": sum(path.stat().st_size for path in bundle.glob("*.*")) / 1e6,
             "bank_mb": bank.size / 1e6,
             "load_s": loading,
-            "enroll_first_s": enrolling[0],
-            "enroll_s": statistics.median(enrolling[1:]),
             "rotations": bank.rotations,
-            **given,
+            **enrolling,
             "encoder_ms": milliseconds(lambda: inferencer.encode(pixels[None])),
-            "photo_ms": milliseconds(lambda: inferencer.predict(pixels, "try 0")),
-            "photo_turned_ms": milliseconds(lambda: inferencer.predict(pixels, "turned")),
+            "photo_ms": milliseconds(lambda: inferencer.predict(pixels, "try")),
+            "photo_rotated_ms": milliseconds(lambda: inferencer.predict(pixels, "rotated")),
         }
         result["ratio"] = result["photo_ms"] / result["encoder_ms"]
         if patchcore is not None:
@@ -119,6 +107,20 @@ def device(
             result["many"] = _many_products(inferencer, chosen, tests, predictions)
     assert "torch" not in sys.modules
     write_whole(output, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def _enroll(inferencer: ResADInferencer, photos: Sequence[Path]) -> tuple[Bank, dict[str, float]]:
+    """Enroll photos as ``try``, as ``plain`` in one orientation, and as ``rotated`` in all: a bank, and seconds."""
+
+    def timed(name: str, rotations: Rotations | None = None) -> tuple[Bank, float]:
+        start = time.perf_counter()
+        bank = inferencer.enroll(name, photos, rotations=rotations, replace_existing=True)
+        return bank, time.perf_counter() - start
+
+    bank, first = timed("try")
+    seconds = {"enroll_first_s": first, "enroll_s": statistics.median(timed("try")[1] for _ in range(3))}
+    seconds |= {"enroll_plain_s": timed("plain", 1)[1], "enroll_rotated_s": timed("rotated", ORIENTATIONS)[1]}
+    return bank, seconds
 
 
 def _patchcore_ms(path: Path, pixels: np.ndarray, threads: int) -> dict[str, float]:
@@ -188,6 +190,14 @@ def export_patchcore(backbone: str, references: Path, folder: Path) -> Path:
     return model.to_openvino(folder, input_size=PATCHCORE_SIZE, onnx_kwargs={"dynamic_shapes": None})
 
 
+def _apart(output: Path, **arguments: object) -> dict[str, Any]:
+    """What :func:`device` measures in a process of its own."""
+    options = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "benchmarks.edge", "device", "--output", str(output), *options]
+    subprocess.run(command, check=True)  # noqa: S603
+    return json.loads(output.read_text())
+
+
 def run(
     checkpoint: Path,
     references: Path,
@@ -218,10 +228,10 @@ def run(
     from benchmarks.settings import cpu  # noqa: PLC0415
 
     output.mkdir(parents=True, exist_ok=True)
-    every = photo_files(photos)
+    every = list_photos(photos)
     chosen = every[:: max(1, -(-len(every) // most))]
-    quantized = photo_files(calibration) if calibration else None
-    parity = compare(checkpoint, photo_files(references), chosen, quantized, threads=threads) | {"cpu": cpu()}
+    quantized = list_photos(calibration) if calibration else None
+    parity = compare(checkpoint, list_photos(references), chosen, quantized, threads=threads) | {"cpu": cpu()}
     write_whole(output / "parity.json", (json.dumps(parity, indent=2) + "\n").encode())
     Console(width=140).print(table(parity["rows"]))
     wide = ResAD(backbone="wide_resnet50_2", pre_trained=False, visualizer=False).eval()
@@ -232,20 +242,9 @@ def run(
             backbone = model.hparams["backbone"]
             bundle = write_bundle(model, convert(model), folder / backbone, "fp32")
             patchcore = export_patchcore(backbone, references, folder / f"patchcore_{backbone}")
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.edge",
-                "device",
-                "--bundle",
-                bundle,
-                "--references",
-                references,
-            ]
-            command += ["--photos", photos, "--output", folder / "device.json", "--patchcore", patchcore]
-            command += ["--threads", str(threads), "--predictions", str(count), "--most", str(most)]
-            subprocess.run([str(word) for word in command], check=True)  # noqa: S603
-            results[backbone] = json.loads((folder / "device.json").read_text())
+            given = {"bundle": bundle, "references": references, "photos": photos, "patchcore": patchcore}
+            numbers = {"threads": threads, "predictions": count, "most": most}
+            results[backbone] = _apart(folder / "device.json", **given, **numbers)
     record = {key: parity[key] for key in ("checkpoint", "references", "photos", "versions", "cpu")}
     write_whole(output / "edge.json", (json.dumps(record | {"results": results}, indent=2) + "\n").encode())
     shown = Table("", *results)

@@ -16,6 +16,8 @@ from anomalib.data import ImageItem
 from matplotlib.figure import Figure
 from PIL import Image
 
+from anomalib_resad.enrollment.files import write_whole
+
 INCHES = 2.15  # width of a panel
 OPACITY = 0.75  # of a map over its photo
 
@@ -191,6 +193,5 @@ def save_small(figure: Figure, path: Path, most_bytes: int) -> Path:
         Image.open(whole).convert("RGB").quantize(256).save(small, format="png", optimize=True)
         if small.tell() <= most_bytes:
             break
-    path.with_suffix(".part.png").write_bytes(small.getvalue())
-    path.with_suffix(".part.png").replace(path)
+    write_whole(path, small.getvalue())
     return path

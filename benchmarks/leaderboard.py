@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anomalib_resad import CrossCategory
 from anomalib_resad.data.cross_category import category_name, split_categories
-from anomalib_resad.enrollment.draws import content_hash
+from anomalib_resad.enrollment.photos import content_hash
 from anomalib_resad.method.backbone import FeaturePyramid
 from benchmarks.cells import CLEAN, Cell, append_cell, key, read_cells
 from benchmarks.maps import save_maps, slug
@@ -154,9 +154,25 @@ class Leaderboard:
         used = (method, replace(self.backbone, weights=None), content, seed, batch, *map(category_name, sources))
         label = slug(f"{name}_without_{category}" if self.sources is None else name)
         path = self.checkpoints / f"{label}_{sha256(repr(used).encode()).hexdigest()[:8]}.ckpt"
-        workers = min(2, (os.cpu_count() or 1) - 1)
+        workers = min(2, (os.cpu_count() or 1) - 1, *(single.num_workers for single in sources))
         source = CrossCategory(copy.deepcopy(sources), None, 0.1, batch, batch, workers)
         return train_source(method, self.backbone, source, seed, path, self.progress)
+
+    def run_all(self, cells: list[Cell]) -> None:
+        """Measure the cells that are not measured yet, and append each when it is finished."""
+        path = self.output / "cells.jsonl"
+        done = {key(row) for row in read_cells(path) if row["status"] == "ok"}
+        with self.progress as progress:
+            task = progress.add_task("cells", total=len(cells), completed=len(done.intersection(cells)))
+            for cell in cells:
+                if cell in done:
+                    continue
+                progress.update(task, description=str(cell))
+                figures = self.run(cell)
+                append_cell(path, cell, figures)
+                if figures["status"] == "failed":
+                    progress.console.print(f"[red]{cell}: {figures['error']}[/red]", highlight=False)
+                progress.advance(task)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Measure one cell; a failure is a result too."""
@@ -268,20 +284,7 @@ def main(
         "source_batch_size": source_batch_size,
     }
     keep_settings(output, settings, weights)
-    path = output / "cells.jsonl"
-    done = {key(row) for row in read_cells(path) if row["status"] == "ok"}
-    cells = list(board.cells(shots, draws, conditions or {}, categories))
-    with board.progress as progress:
-        task = progress.add_task("cells", total=len(cells), completed=len(done.intersection(cells)))
-        for cell in cells:
-            if cell in done:
-                continue
-            progress.update(task, description=str(cell))
-            figures = board.run(cell)
-            append_cell(path, cell, figures)
-            if figures["status"] == "failed":
-                progress.console.print(f"[red]{cell}: {figures['error']}[/red]", highlight=False)
-            progress.advance(task)
+    board.run_all(list(board.cells(shots, draws, conditions or {}, categories)))
     write_report(output)
     print(f"Image AUROC / pixel AUROC, per cent.\n{readme_table(output)}")
     print(f"Report: {output / 'leaderboard.html'}, {output / 'leaderboard.md'}; checkpoints: {board.checkpoints}")

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from anomalib_resad.enrollment.files import write_whole
 from benchmarks.gallery import Row, draw
 from benchmarks.plots import SHOWN, inline, measured, plot_condition, plot_cost, plot_shots, style
 from benchmarks.protocol import DISTURBING, PAIRING, PUBLISHING, READING, extent, protocol, title, warnings
-from benchmarks.settings import write_whole
 from benchmarks.summary import CONDITIONS, TITLES, Board, without_folders
 from benchmarks.tables import (
     category_table,
@@ -116,4 +116,4 @@ def write_page(
     pages = Environment(
         loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    write_whole(path, pages.get_template("report.html.j2").render(shown))
+    write_whole(path, pages.get_template("report.html.j2").render(shown).encode())

@@ -13,7 +13,7 @@ MARGIN = 0.25  # of the shorter side; enough for rotations up to 20 degrees
 
 
 class Rotate(v2.Transform):
-    """Turn a photo and its mask about the center; mirrored content fills the corners, since black ones are defects.
+    """Rotate a photo and its mask about the center; mirrored content fills the corners, since black ones are defects.
 
     Args:
         degrees (float): Angle.
@@ -24,13 +24,13 @@ class Rotate(v2.Transform):
         self.degrees = degrees
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:  # noqa: ANN401  # torchvision's signature
-        """Pad by mirroring, turn, cut the middle."""
+        """Pad by mirroring, rotate, cut the middle."""
         del params
         height, width = functional.get_size(inpt)
         margin = int(MARGIN * min(height, width))
         padded = functional.pad(inpt, [margin], padding_mode="reflect")
-        turned = functional.rotate(padded, self.degrees, interpolation=v2.InterpolationMode.BILINEAR)
-        return functional.center_crop(turned, [height, width])
+        rotated = functional.rotate(padded, self.degrees, interpolation=v2.InterpolationMode.BILINEAR)
+        return functional.center_crop(rotated, [height, width])
 
 
 def perturbation(condition: str, level: float) -> v2.Transform:

@@ -67,7 +67,7 @@ def _compose(rng: Rng, size: int, shade: Array, shape: Array, tint: tuple[float,
 
 
 def pill(rng: Rng, size: int) -> tuple[Array, Array]:
-    """An oval pill with a score line, turned and moved a little."""
+    """An oval pill with a score line, rotated and moved a little."""
     center = (size / 2 + rng.uniform(-0.04, 0.04) * size, size / 2 + rng.uniform(-0.04, 0.04) * size)
     angle = float(rng.uniform(-20, 20))
     shape = np.zeros((size, size), np.float32)
@@ -81,7 +81,7 @@ def pill(rng: Rng, size: int) -> tuple[Array, Array]:
 
 
 def washer(rng: Rng, size: int) -> tuple[Array, Array]:
-    """A steel washer with a ring of holes, turned at random."""
+    """A steel washer with a ring of holes, rotated at random."""
     center = (size / 2 + rng.uniform(-0.03, 0.03) * size, size / 2 + rng.uniform(-0.03, 0.03) * size)
     shape = _disk(size, center, 0.40 * size) - _disk(size, center, 0.14 * size)
     turn = rng.uniform(0, 2 * np.pi)

@@ -13,11 +13,11 @@ from typing import Any
 import pandas as pd
 from jsonargparse import auto_cli
 
+from anomalib_resad.enrollment.files import write_whole
 from benchmarks.gallery import Row, draw, load_rows, save_small
 from benchmarks.page import write_page
 from benchmarks.plots import SHOWN, draw_cost, draw_shots
 from benchmarks.protocol import DISTURBING, PAIRING, PUBLISHING, READING, extent, protocol, title, warnings
-from benchmarks.settings import write_whole
 from benchmarks.summary import MEAN, Board, pair, read_board, robustness, summarize
 from benchmarks.tables import (
     DASH,
@@ -64,12 +64,12 @@ def write_markdown(path: Path, board: Board, summary: pd.DataFrame, paired: pd.D
         )
     parts += [f"## {published.title}", PUBLISHING, folded, "## Protocol"]
     parts += ["\n".join(f"- **{term}.** {escape(text)}" for term, text in protocol(board).items())]
-    write_whole(path, "\n\n".join(parts) + "\n")
+    write_whole(path, ("\n\n".join(parts) + "\n").encode())
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Write a table whole; more than six decimals mean nothing."""
-    write_whole(path, frame.round(6).to_csv(index=False))
+    write_whole(path, frame.round(6).to_csv(index=False).encode())
 
 
 def write_gallery(rows: dict[str, list[Row]], methods: list[str], path: Path) -> Path | None:

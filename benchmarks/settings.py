@@ -3,7 +3,6 @@
 """The settings of a leaderboard, stored beside its cells; cells of different settings are never mixed."""
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -11,18 +10,12 @@ from typing import Any
 
 import torch
 
-from anomalib_resad.enrollment.draws import content_hash
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import content_hash
 
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "FrEIA", "lightning", "torchmetrics", "anomalib-resad")
 # What may grow when a leaderboard goes on: each cell stands for itself.
 MAY_CHANGE = ("categories", "shots", "draws", "baseline", "conditions", "versions", "device", "cpu", "threads")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes that share a folder do not collide
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def cpu() -> str:
@@ -66,4 +59,4 @@ def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) 
             raise ValueError(msg)
         settings["methods"] = kept["methods"] | settings["methods"]
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=2) + "\n")
+    write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())

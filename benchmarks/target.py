@@ -8,6 +8,7 @@ from anomalib.data import AnomalibDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_resad.enrollment.draws import draw_references, seeded
+from anomalib_resad.enrollment.photos import check_photos, content_hash
 from benchmarks.cells import CLEAN, Cell
 from benchmarks.perturbations import BAD_REFERENCE, perturbation
 
@@ -32,8 +33,11 @@ def target_data(template: AnomalibDataModule, cell: Cell) -> AnomalibDataModule:
     samples = data.train_data.samples
     good = samples[samples.label_index == 0].image_path.tolist()
     chosen = draw_references(good, cell.shots, cell.draw, f"the train split of {cell.category}")
+    check_photos(chosen, "reference photos", decode=True)
     positions = {path: index for index, path in enumerate(samples.image_path)}
-    data.train_data = data.train_data.subsample([positions[path] for path in chosen])
+    # Ordered by content, as ResAD enrolls them: no method's figures depend on what photos are called.
+    ordered = sorted(chosen, key=lambda path: (content_hash(path), path))
+    data.train_data = data.train_data.subsample([positions[path] for path in ordered])
     if cell.condition == BAD_REFERENCE:
         _swap_in_defective(data, cell)
     data.train_batch_size = len(chosen)

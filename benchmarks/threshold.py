@@ -24,14 +24,16 @@ from torch import Tensor
 
 from anomalib_resad import CrossCategory, ResAD
 from anomalib_resad.data.cross_category import split_categories
-from anomalib_resad.enrollment.draws import content_hash, seeded
+from anomalib_resad.enrollment.draws import seeded
+from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.photos import content_hash
 from anomalib_resad.post_processor import RankKeepingPostProcessor
-from anomalib_resad.reference_rows import reference_scores
+from anomalib_resad.reference_rows import leave_one_out
 from benchmarks.cells import Cell, append_cell, key, read_cells
 from benchmarks.measure import pixel_quality
 from benchmarks.methods import engine
 from benchmarks.quiet import quiet_lightning
-from benchmarks.settings import PACKAGES, write_whole
+from benchmarks.settings import PACKAGES
 from benchmarks.target import target_data
 
 MAY_GROW = ("shots", "draws", "versions")  # what may change when a run goes on
@@ -116,7 +118,7 @@ def measure(
     has_masks = all(batch.gt_mask is not None for batch in batches)
     maps = torch.cat([batch.anomaly_map.squeeze(1) for batch in batches])
     masks = torch.cat([batch.gt_mask.bool() for batch in batches]) if has_masks else None
-    references = reference_scores(model.model.cpu(), model.pre_processor)
+    references = leave_one_out(model.model.cpu(), model.pre_processor)
     rules: list[dict[str, Any]] = []
 
     def judge(rule: str, rate: float | None, post_processor: RankKeepingPostProcessor) -> None:
@@ -138,7 +140,7 @@ def measure(
     return {
         "rules": rules,
         "leave_one_out": references,
-        "references": [file["name"] for file in model.model.bank.record["files"]],
+        "references": [name for name, _ in model.model.bank.record.files],
         "good": int((~labels).sum()),
         "defective": int(labels.sum()),
     }
@@ -175,7 +177,7 @@ def keep(output: Path, settings: dict[str, Any]) -> None:
             msg = f"{output} holds cells of other {', '.join(differing)}. Choose another output, or remove this one."
             raise ValueError(msg)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=2) + "\n")
+    write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def write_tables(output: Path) -> pd.DataFrame:
@@ -188,11 +190,11 @@ def write_tables(output: Path) -> pd.DataFrame:
         rows += [common | rule for rule in cell["rules"]]
     results = pd.DataFrame(rows)
     results["rate"] = results["rate"].fillna(0.0)
-    write_whole(output / "results.csv", results.to_csv(index=False, float_format="%.6g"))
+    write_whole(output / "results.csv", results.to_csv(index=False, float_format="%.6g").encode())
     by = ["shots", "rule", "rate"]
     per_category = results.groupby([*by, "category"], sort=False)[FIGURES].mean()
     summary = per_category.groupby(level=by, sort=False).mean().reset_index()
-    write_whole(output / "summary.csv", summary.to_csv(index=False, float_format="%.4f"))
+    write_whole(output / "summary.csv", summary.to_csv(index=False, float_format="%.4f").encode())
     return summary
 
 
@@ -216,7 +218,7 @@ def main(
         method: The leaderboard's name of the method.
         shots: Numbers of reference photos, two or more.
         draws: Draws of them for each number, seeded 0, 1, ...
-        rates: Wished false-alarm rates.
+        rates: Target false-alarm rates.
         val_ratio: Share of the source images that was held out of the training.
         source_batch_size: Images per batch of these.
     """

@@ -2,20 +2,32 @@
 
 """Fixtures: tiny drawn products, a tiny trained model, and no network."""
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 import torch
 from anomalib.engine import Engine
+from filelock import FileLock
 from lightning.pytorch import seed_everything
 from PIL import Image
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, read_manifest
 from anomalib_resad.export.edge_bundle import export_bundle
 from benchmarks.products import make_product
+
+# Two workers share two cores: with more threads each, they would wait for each other at every convolution.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses, too
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY: dict[str, Any] = {
@@ -29,6 +41,16 @@ TINY: dict[str, Any] = {
     "lr": 1e-3,
     "k_shot": 2,
 }
+DISTANCE: dict[str, Any] = {
+    "variant": "resad",
+    "estimator": "distance",
+    "backbone": "resnet18",
+    "pre_trained": False,
+    "image_size": (64, 64),
+    "k_shot": 2,
+}
+PLUS = TINY | {"variant": "resad++", "codebook_size": 64}
+DEFAULT: dict[str, Any] = {"backbone": "resnet18", "pre_trained": False, "image_size": (64, 64), "k_shot": 2}
 COUNTS = {"train": 6, "good": 3, "defective": 1, "size": 64}
 
 
@@ -45,14 +67,36 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     connect = socket.socket.connect
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it read the variable when it was imported
 
 
 @pytest.fixture(scope="session")
-def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "products"
-    for product in ("grain", "pill", "tiles"):
-        make_product(root, product, **COUNTS)
-    return root
+def share(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """Make a folder once for all workers: what is slow to make, and only read afterwards."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base if worker_id == "master" else base.parent) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / name
+        with FileLock(root / f"{name}.lock"):
+            if not (folder / "complete").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                (folder / "complete").touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def products(share: Callable[..., Path]) -> Path:
+    def make(folder: Path) -> None:
+        for product in ("grain", "pill", "tiles"):
+            make_product(folder / "products", product, **COUNTS)
+
+    return share("data", make) / "products"
 
 
 def product(root: Path, category: str, **arguments: Any) -> ProductFolder:
@@ -74,25 +118,31 @@ def quiet_engine(folder: Path, **arguments: Any) -> Engine:
     return Engine(default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, **arguments)
 
 
-@pytest.fixture(scope="session")
-def trained(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny ResAD, trained for one epoch on grain and pill; its bank holds tiles."""
+def train(folder: Path, products: Path, epochs: int, **settings: Any) -> None:
+    """A tiny ResAD, trained on grain and pill, as `model.ckpt`; its bank holds tiles."""
     seed_everything(0)
-    engine = quiet_engine(tmp_path_factory.mktemp("trained"), max_epochs=1)
-    engine.fit(ResAD(**TINY, visualizer=False), datamodule=cross_category(products))
+    engine = quiet_engine(folder / "engine", max_epochs=epochs)
+    engine.fit(ResAD(**settings, visualizer=False), datamodule=cross_category(products))
     assert engine.best_model_path
-    return Path(engine.best_model_path)
+    shutil.copy(engine.best_model_path, folder / "model.ckpt")
 
 
 @pytest.fixture(scope="session")
-def trained_default(products: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same for the default model, `trained` being the conference paper's."""
-    seed_everything(0)
-    engine = quiet_engine(tmp_path_factory.mktemp("default"), max_epochs=2)
-    model = ResAD(backbone="resnet18", pre_trained=False, image_size=(64, 64), k_shot=2, visualizer=False)
-    engine.fit(model, datamodule=cross_category(products))
-    assert engine.best_model_path
-    return Path(engine.best_model_path)
+def trained(share: Callable[..., Path], products: Path) -> Path:
+    """The conference paper's method, trained for one epoch."""
+    return share("trained", lambda folder: train(folder, products, 1, **TINY)) / "model.ckpt"
+
+
+@pytest.fixture(scope="session")
+def trained_plus(share: Callable[..., Path], products: Path) -> Path:
+    """The same for ResAD++."""
+    return share("trained_plus", lambda folder: train(folder, products, 1, **PLUS)) / "model.ckpt"
+
+
+@pytest.fixture(scope="session")
+def trained_default(share: Callable[..., Path], products: Path) -> Path:
+    """The same for the default model, for two epochs."""
+    return share("trained_default", lambda folder: train(folder, products, 2, **DEFAULT)) / "model.ckpt"
 
 
 @pytest.fixture
@@ -101,9 +151,31 @@ def images() -> torch.Tensor:
 
 
 @pytest.fixture(scope="session")
-def bundle(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(share: Callable[..., Path], trained: Path) -> Path:
     """The tiny ResAD as a bundle, in float32."""
-    return export_bundle(trained, tmp_path_factory.mktemp("bundles") / "fp32")
+    return share("bundle", lambda folder: export_bundle(trained, folder / "fp32")) / "fp32"
+
+
+@pytest.fixture(scope="session")
+def bundle_default(share: Callable[..., Path], trained_default: Path) -> Path:
+    """The tiny default model as a bundle, in float32, made by the command; what it printed lies beside it."""
+
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", trained_default]
+        done = subprocess.run(
+            [*command, "--output", folder / "fp32"], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        (folder / "printed.txt").write_text(done.stdout)
+
+    return share("bundle_default", make) / "fp32"
+
+
+def converted(bundle: Path) -> tuple[openvino.Model, openvino.Model, tuple[Level, ...]]:
+    """What a bundle was written of, so that it can be written again in another precision without tracing."""
+    core = openvino.Core()
+    encoder, detector = (core.read_model(bundle / file) for file in (ENCODER, DETECTOR))
+    return encoder, detector, read_manifest(bundle).levels
 
 
 @pytest.fixture

@@ -12,10 +12,13 @@ import torch
 from scipy.stats import norm
 
 from anomalib_resad import ResAD
-from anomalib_resad.calibration import PRIOR, Thresholds, least_rate, normalize, pooled_spread, product_threshold
-from anomalib_resad.enrollment.draws import read_photo
-from anomalib_resad.reference_rows import leave_one_out
-from tests.conftest import TINY, cross_category, product, quiet_engine
+from anomalib_resad.calibration import Thresholds
+from anomalib_resad.enrollment.calibration import PRIOR, least_rate, pooled_spread, product_threshold
+from anomalib_resad.export.anomalib_export import write_thresholds
+from anomalib_resad.method.features import Features
+from anomalib_resad.method.reference_bank import BankRecord, Rows
+from anomalib_resad.reference_rows import leave_one_out, read_photo
+from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine
 
 
 def enroll(trained: Path, products: Path, folder: Path, **arguments: object) -> tuple[ResAD, Path]:
@@ -101,24 +104,31 @@ def test_each_reference_is_scored_as_a_photo_is_against_the_others(
     model, _ = enroll(trained, products, tmp_path, references=products / "tiles" / "train" / "good", k_shot=6)
     model.eval()
     with torch.no_grad():
-        features = [model.model.backbone(model.pre_processor.transform(read_photo(path)[None])) for path in photos]
-        model.model.bank.fill([torch.cat(level) for level in zip(*features, strict=True)])
-        scores = leave_one_out(model.model, 3, (64, 64))
-        for index, path in enumerate(photos):
-            others = features[:index] + features[index + 1 :]
-            model.model.bank.fill([torch.cat(level) for level in zip(*others, strict=True)])
-            expected = model.model(model.pre_processor.transform(read_photo(path)[None])).pred_score
-            assert scores[index] == pytest.approx(expected.item(), abs=1e-6)
+        images = [model.pre_processor.transform(read_photo(path)[None]) for path in photos]
+        features = [model.model.encode(image) for image in images]
+
+        def fill(chosen: list[Features]) -> None:
+            model.model.bank.fill(Features([torch.cat(level) for level in zip(*(one.values for one in chosen))]))  # noqa: B905
+
+        fill(features)
+        scores = leave_one_out(model.model, model.pre_processor)
+        for index, image in enumerate(images):
+            fill(features[:index] + features[index + 1 :])
+            assert scores[index] == pytest.approx(model.model(image).pred_score.item(), abs=1e-6)
     assert len(set(scores)) == 3
 
 
 def test_a_reduced_bank_is_refused(trained: Path) -> None:
-    model = ResAD(checkpoint=trained).model
-    model.train()
-    model.bank.fill([level[:-1].T[None, :, :, None] for level in model.bank.levels])
+    model = ResAD(checkpoint=trained)
+    model.model.train()
+    whole = model.model.bank.rows.values
+    model.model.bank.store(Rows([level[:-1] for level in whole]), model.model.bank.record)
     with pytest.raises(ValueError, match=r"rows, which are not 2 whole photos"):
-        leave_one_out(model, 2, (64, 64))
-    assert model.training, "the mode is given back after a failure too"
+        leave_one_out(model.model, model.pre_processor)
+    assert model.model.training, "the mode is given back after a failure too"
+    model.model.bank.store(Rows(whole), BankRecord(photos=1))
+    with pytest.raises(ValueError, match=r"rows, which are not 1 whole photos"):
+        leave_one_out(model.model, model.pre_processor)
 
 
 # -- enrollment -------------------------------------------------------------------------------------------------------
@@ -130,7 +140,7 @@ def test_a_product_gets_its_own_threshold_which_is_saved(
     caplog.set_level(logging.WARNING)
     source = ResAD(checkpoint=trained).post_processor
     model, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.05)
-    scores = model.model.bank.record["leave_one_out"]
+    scores = leave_one_out(model.model, model.pre_processor)
     assert len(scores) == 4
     expected = product_threshold(scores, source.spread.item(), 0.05)
     assert "4 reference photos cannot show a false-alarm rate under 20 %" in caplog.text
@@ -140,7 +150,7 @@ def test_a_product_gets_its_own_threshold_which_is_saved(
         shift = expected - source.image_threshold.item()
         assert post_processor.pixel_threshold.item() == pytest.approx(source.pixel_threshold.item() + shift)
         assert torch.equal(post_processor._image_threshold, source._image_threshold), "the source's is kept"
-        assert restored.model.bank.record["leave_one_out"] == scores
+        assert leave_one_out(restored.model, restored.pre_processor) == pytest.approx(scores, abs=1e-6)
     batch = restored.post_processor(restored.eval().model(torch.zeros(1, 3, 64, 64)))
     assert bool(batch.pred_label) == (batch.pred_score.item() > 0.5)
 
@@ -170,8 +180,8 @@ def test_the_training_itself_can_calibrate(products: Path, tmp_path: Path) -> No
     data.val_ratio = 0.4  # three good photos of each category, which have a scatter
     engine.fit(model, datamodule=data)
     saved = ResAD.load_from_checkpoint(engine.best_model_path).eval()
-    expected = leave_one_out(saved.model, 2, (64, 64))
-    assert saved.model.bank.record["leave_one_out"] == pytest.approx(expected, abs=1e-6)
+    expected = leave_one_out(saved.model, saved.pre_processor)
+    assert len(expected) == 2
     assert 0 < saved.post_processor.spread < 3
     threshold = product_threshold(expected, saved.post_processor.spread.item(), 0.3)
     assert saved.post_processor.image_threshold.item() == pytest.approx(threshold, abs=1e-5)
@@ -179,10 +189,10 @@ def test_the_training_itself_can_calibrate(products: Path, tmp_path: Path) -> No
 
 def test_distance_without_any_training_gets_labels(products: Path, tmp_path: Path) -> None:
     """Nothing was learned on a source: the scatter is the references' own, and scores are relative to the threshold."""
-    model = ResAD(**TINY | {"k_shot": 6}, estimator="distance", false_alarm_rate=0.1, visualizer=False)
+    model = ResAD(**DISTANCE | {"k_shot": 6}, false_alarm_rate=0.1, visualizer=False)
     data = product(products, "tiles")
     batches = quiet_engine(tmp_path).predict(model, datamodule=data, return_predictions=True)
-    scores = model.model.bank.record["leave_one_out"]
+    scores = leave_one_out(model.model, model.pre_processor)
     assert model.post_processor.image_threshold.item() == pytest.approx(product_threshold(scores, math.nan, 0.1))
     for batch in batches:
         assert batch.pred_label.tolist() == (batch.pred_score > 0.5).tolist()
@@ -217,14 +227,22 @@ def test_thresholds_survive_the_file(tmp_path: Path) -> None:
     assert repr(Thresholds.read(tmp_path / "model.thresholds.json")) == repr(thresholds)
 
 
-def test_normalize_is_what_the_model_does() -> None:
-    model = ResAD(**TINY)
-    for name, value in (("_image_threshold", 1.2), ("image_min", 0.5), ("image_max", 2.5)):
-        getattr(model.post_processor, name).fill_(value)
-    scores = torch.linspace(-3, 5, 9)
-    ours = model.post_processor._normalize(
-        scores, model.post_processor.image_min, model.post_processor.image_max, model.post_processor.image_threshold
-    )
-    np.testing.assert_allclose([normalize(score, 1.2, 0.5, 2.5) for score in scores.tolist()], ours, atol=1e-6)
-    without = model.post_processor._normalize(scores, *(torch.tensor(math.nan),) * 3)
-    np.testing.assert_allclose([normalize(score, *[math.nan] * 3) for score in scores.tolist()], without, atol=1e-6)
+def test_the_thresholds_file_is_of_the_estimator_that_is_exported(
+    trained: Path, products: Path, tmp_path: Path
+) -> None:
+    """Not of the one whose checkpoint was calibrated before."""
+    _, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.2)
+    model = ResAD(checkpoint=checkpoint, estimator="distance").eval()
+    write_thresholds(tmp_path / "model.onnx", model.model, model.pre_processor, model.post_processor)
+    thresholds = Thresholds.read(tmp_path / "model.thresholds.json")
+    assert thresholds.leave_one_out == pytest.approx(leave_one_out(model.model, model.pre_processor))
+    flow = ResAD(checkpoint=checkpoint).eval()
+    others = leave_one_out(flow.model, flow.pre_processor)
+    assert all(abs(one - other) > 1e-3 for one, other in zip(thresholds.leave_one_out, others, strict=True))
+
+
+def test_a_bank_that_was_filled_by_hand_has_thresholds_too(trained: Path, tmp_path: Path, images: torch.Tensor) -> None:
+    model = ResAD(checkpoint=trained).eval()
+    model.model.bank.fill(model.model.encode(images))
+    write_thresholds(tmp_path / "model.onnx", model.model, model.pre_processor, model.post_processor)
+    assert len(Thresholds.read(tmp_path / "model.thresholds.json").leave_one_out) == 3

@@ -32,7 +32,39 @@ def test_held_out_share_is_seeded_and_of_each_category(products: Path) -> None:
     again.setup()
     held_out = first.val_data.samples
     assert held_out.image_path.tolist() == again.val_data.samples.image_path.tolist()
-    assert held_out.groupby("category").size().to_dict() == {"products/grain": 1, "products/pill": 1}
+    assert held_out.groupby("category").size().to_dict() == {"products/grain": 2, "products/pill": 2}
+
+
+def test_of_few_images_one_is_held_out(products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A tenth of three is less than one; without any, no threshold could be learned."""
+    data = cross_category(products)
+    data.val_ratio = 0.1
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert data.val_data.samples.groupby(["category", "label_index"]).size().tolist() == [1, 1, 1, 1]
+    assert "no threshold can be learned" not in caplog.text
+    shutil.copytree(products / "grain", tmp_path / "grain", ignore=shutil.ignore_patterns("crack", "spot"))
+    data = CrossCategory(product(tmp_path, "grain"), num_workers=0)
+    with caplog.at_level(logging.WARNING):
+        data.setup()
+    assert "No defective source image is held out, so no threshold can be learned (val_ratio=0.1;" in caplog.text
+    caplog.clear()
+    data = CrossCategory(product(tmp_path, "grain"), num_workers=0, val_ratio=0.0)
+    data.setup()
+    assert not caplog.text, "nothing was asked for"
+
+
+def test_photos_in_subfolders_count_and_brackets_find_their_masks(tmp_path: Path) -> None:
+    for name in ("train/good/a.png", "train/good/lot2/b.png", "test/good/c.png", "test/dent/[1].png", "test/dent/1.png",
+                 "ground_truth/dent/[1].png"):  # fmt: skip
+        path = tmp_path / "part" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20)).save(path)
+    data = product(tmp_path, "part")
+    data.setup()
+    assert len(data.train_data) == 2
+    masks = {Path(row.image_path).name: row.mask_path for row in data.test_data.samples.itertuples()}
+    assert masks == {"c.png": "", "[1].png": str(tmp_path / "part/ground_truth/dent/[1].png"), "1.png": ""}
 
 
 def test_one_batch_mixes_data_sets(products: Path) -> None:

@@ -5,8 +5,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from anomalib_resad import ResAD
 from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInferencer
 from anomalib_resad.deploy.bank import Bank, padded
-from anomalib_resad.deploy.inferencer import denormalize, normalize
-from anomalib_resad.enrollment.rotations import thin_out
-from anomalib_resad.export.edge_bundle import export_bundle, load_model, model_hash
+from anomalib_resad.enrollment.coreset import thin_out
+from anomalib_resad.export.edge_bundle import export_bundle, load_model, model_hash, write_bundle
 from anomalib_resad.export.parity import TorchReference
-from anomalib_resad.post_processor import RankKeepingPostProcessor
+from anomalib_resad.method.features import Features
+from tests.conftest import converted, product, quiet_engine
 
 
 @pytest.mark.parametrize("many", [1, 3])
@@ -59,21 +58,9 @@ def test_batches_and_pixels_change_nothing(inferencer: ResADInferencer, good: li
 def test_exporting_again_changes_nothing(
     bundle: Path, trained: Path, good: list[Path], new: list[Path], tmp_path: Path
 ) -> None:
-    """With the command, in half precision: the same model, whose bank serves both, and the same scores."""
-    command = [
-        sys.executable,
-        "-m",
-        "anomalib_resad.cli",
-        "export",
-        "--output",
-        tmp_path / "fp16",
-        "--precision",
-        "fp16",
-    ]
-    result = subprocess.run(
-        [*command, "--checkpoint", trained], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    """In half precision: the same model, whose bank serves both, and the same scores."""
+    model = load_model(trained)
+    write_bundle(model, converted(bundle), tmp_path / "fp16", "fp16")
     half = ResADInferencer(tmp_path / "fp16", banks=tmp_path / "banks")
     full = ResADInferencer(bundle, banks=tmp_path / "banks")
     half.enroll("tiles", good[:2])
@@ -81,14 +68,15 @@ def test_exporting_again_changes_nothing(
     assert full.predict(new[0], "tiles").score == pytest.approx(half.predict(new[0], "tiles").score, abs=0.02)
     assert (tmp_path / "fp16" / "encoder.bin").stat().st_size < 0.6 * (bundle / "encoder.bin").stat().st_size
     with pytest.raises(FileExistsError, match="nothing was changed"):
-        export_bundle(trained, tmp_path / "fp16")
+        write_bundle(model, converted(bundle), tmp_path / "fp16", "fp16")
     with pytest.raises(ValueError, match="only int8, needs photos"):
         export_bundle(trained, tmp_path / "int8", "int8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["banks", "fp16"]
 
 
 def test_eight_bits_are_another_encoder(bundle: Path, trained: Path, good: list[Path], tmp_path: Path) -> None:
-    eight = ResADInferencer(export_bundle(trained, tmp_path / "int8", "int8", good), banks=tmp_path / "banks")
+    written = write_bundle(load_model(trained), converted(bundle), tmp_path / "int8", "int8", good)
+    eight = ResADInferencer(written, banks=tmp_path / "banks")
     assert (tmp_path / "int8" / "encoder.bin").stat().st_size < 0.4 * (bundle / "encoder.bin").stat().st_size
     eight.enroll("tiles", good[:2])
     assert 0 < eight.predict(good[3], "tiles").score < 1
@@ -99,11 +87,42 @@ def test_eight_bits_are_another_encoder(bundle: Path, trained: Path, good: list[
 def test_the_model_is_named_by_its_weights(trained: Path) -> None:
     one, other = load_model(trained), load_model(trained)
     assert model_hash(one) == model_hash(other)
-    other.model.bank.fill([torch.rand(1, count, 2, 2) for count in (64, 128, 256)])
+    other.model.bank.fill(Features([torch.rand(1, count, 2, 2) for count in (64, 128, 256)]))
     assert model_hash(one) == model_hash(other), "a bank is not part of the model"
     with torch.no_grad():
-        next(other.model.backbone.parameters()).add_(1e-3)
+        next(other.model.encoder.backbone.parameters()).add_(1e-3)
     assert model_hash(one) != model_hash(other)
+
+
+def test_models_that_score_differently_have_different_names(trained_plus: Path, tmp_path: Path) -> None:
+    """Settings without weights of their own count too: banks carry raw thresholds."""
+    names = {model_hash(load_model(trained_plus))}
+    for name, value in (("efdm", 0.3), ("abnormal_gaussian", False), ("match", "l2"), ("residual", "difference")):
+        content = torch.load(trained_plus, weights_only=True)
+        content["hyper_parameters"][name] = value
+        torch.save(content, tmp_path / "other.ckpt")
+        names.add(model_hash(load_model(tmp_path / "other.ckpt")))
+    assert len(names) == 5
+
+
+def test_a_bundle_has_the_threshold_of_the_source(trained: Path, bundle: Path, products: Path, tmp_path: Path) -> None:
+    """Not that of the product that was calibrated in the checkpoint: a bundle is for all products."""
+    engine = quiet_engine(tmp_path)
+    calibrated = ResAD(checkpoint=trained, k_shot=4, false_alarm_rate=0.05, visualizer=False)
+    engine.fit(calibrated, datamodule=product(products, "tiles"))
+    model = load_model(engine.best_model_path)
+    assert not torch.isnan(model.post_processor.product_threshold)
+    written = ResADInferencer(write_bundle(model, converted(bundle), tmp_path / "bundle", "fp32")).manifest
+    expected = ResADInferencer(bundle).manifest
+    assert written.score == expected.score
+    assert written.map == expected.map
+
+
+def test_a_damaged_checkpoint_is_one_sentence(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.ckpt").write_bytes(trained.read_bytes()[:50_000])
+    with pytest.raises(ValueError, match=r"cut\.ckpt is damaged or no trained ResAD file \(50000 bytes\)"):
+        export_bundle(tmp_path / "cut.ckpt", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_enrollment_depends_on_the_photos_alone(inferencer: ResADInferencer, good: list[Path], tmp_path: Path) -> None:
@@ -216,8 +235,9 @@ def test_twenty_products_side_by_side(bundle: Path, good: list[Path], new: list[
         assert inferencer.predict(new[0], name).score == expected[name]
 
 
-def test_thresholds(inferencer: ResADInferencer, good: list[Path], new: list[Path]) -> None:
-    """A product's own threshold refers to the raw score, is 0.5 when normalized, and None gives the model's back."""
+def test_thresholds(inferencer: ResADInferencer, trained: Path, good: list[Path], new: list[Path]) -> None:
+    """A product's own threshold is raw, 0.5 when normalized, moves the map too, and None gives the model's back."""
+    evaluation = TorchReference(load_model(trained), good[:2])
     inferencer.enroll("tiles", good[:2])
     before = inferencer.predict(new[0], "tiles")
     for shift, label in ((-1e-5, True), (1e-5, False)):
@@ -226,28 +246,20 @@ def test_thresholds(inferencer: ResADInferencer, good: list[Path], new: list[Pat
         assert found.label is label
         assert found.raw_score == before.raw_score
         assert found.score == pytest.approx(0.5, abs=0.01)
-        np.testing.assert_array_equal(found.map, before.map)
+        assert not np.array_equal(found.map, before.map)
+        evaluation.model.post_processor.product_threshold.fill_(before.raw_score + shift)
+        np.testing.assert_allclose(found.map, evaluation.predict(new[0]).map, atol=1e-4, err_msg="as in PyTorch")
     with pytest.raises(ValueError, match="finite"):
         inferencer.set_threshold("tiles", float("nan"))
     inferencer.set_threshold("tiles", None)
     assert inferencer.predict(new[0], "tiles").score == before.score
 
 
-def test_normalization_is_that_of_training(inferencer: ResADInferencer) -> None:
-    scale = inferencer.manifest.score
-    assert None not in (scale.threshold, scale.low, scale.high)
-    raw = torch.linspace(-2, 5, 50)
-    theirs = RankKeepingPostProcessor._normalize(
-        raw, *(torch.tensor(value) for value in (scale.low, scale.high, scale.threshold))
-    )
-    np.testing.assert_allclose(normalize(raw.numpy(), scale), theirs, atol=1e-6)
-    for value in (0.01, 0.5, 0.7):
-        assert normalize(np.float64(denormalize(value, scale)), scale) == pytest.approx(value, abs=1e-6)
-
-
-def test_the_default_model(trained_default: Path, good: list[Path], new: list[Path], tmp_path: Path) -> None:
+def test_the_default_model(
+    trained_default: Path, bundle_default: Path, good: list[Path], new: list[Path], tmp_path: Path
+) -> None:
     """Its bank holds joined levels and their keys, which are thinned out together."""
-    inferencer = ResADInferencer(export_bundle(trained_default, tmp_path / "bundle"), banks=tmp_path / "banks")
+    inferencer = ResADInferencer(bundle_default, banks=tmp_path / "banks")
     inferencer.enroll("tiles", good[:3])
     evaluation = TorchReference(load_model(trained_default), good[:3])
     for photo in new:
@@ -256,7 +268,7 @@ def test_the_default_model(trained_default: Path, good: list[Path], new: list[Pa
         assert theirs.raw_score == pytest.approx(ours.raw_score, rel=1e-4)
         assert theirs.label == ours.label
         np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
-    assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of turned copies"
+    assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of rotated copies"
     whole = inferencer.bank("tiles").arrays
     assert [len(rows) for rows in whole.values()] == [288, 288]
     thin = inferencer.enroll("thin", good[:3], max_patches=50).arrays

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.export.edge_bundle import export_bundle
 from anomalib_resad.export.parity import STOCK, auroc, compare, table
 
@@ -66,6 +67,20 @@ def test_commands_without_torch(bundle: Path, good: list[Path], new: list[Path],
             assert picture.size == photo.size
     assert "'pill' is not enrolled. Enrolled: tiles." in resad(*predict, "--product", "pill", status=2)
     assert "is no bundle" in resad("products", "--bundle", tmp_path, status=2)
+
+
+def test_export_as_a_command(bundle_default: Path, trained_default: Path, tmp_path: Path) -> None:
+    """What it says; a damaged checkpoint is one sentence, no traceback."""
+    assert re.search(r"fp32: \d+\.\d MB, fp32\.", " ".join((bundle_default.parent / "printed.txt").read_text().split()))
+    assert ResADInferencer(bundle_default, banks=tmp_path).products == []
+    (tmp_path / "cut.ckpt").write_bytes(trained_default.read_bytes()[:9000])
+    command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", tmp_path / "cut.ckpt"]
+    refused = subprocess.run(
+        [*command, "--output", tmp_path / "none"], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert refused.returncode == 2
+    assert "Error:" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Turned products: what turning does, when it is done by itself, what is kept of it, and that both runtimes agree."""
+"""Rotated products: what rotating does, when it is done by itself, what is kept of it, and that both runtimes agree."""
 
 from pathlib import Path
 
@@ -11,11 +11,14 @@ from PIL import Image, ImageDraw
 
 from anomalib_resad import ResAD
 from anomalib_resad.deploy import ResADInferencer
-from anomalib_resad.enrollment.draws import read_photo
-from anomalib_resad.enrollment.rotations import check_rotations, enrolled_rows, lie_turned, rows_of, thin_out, turned
-from anomalib_resad.export.edge_bundle import export_bundle
-from anomalib_resad.export.parity import STOCK, compare
-from anomalib_resad.reference_rows import encode_photo, leave_one_out, reference_rows
+from anomalib_resad.enrollment.coreset import thin_out
+from anomalib_resad.enrollment.photos import read_references
+from anomalib_resad.enrollment.rotations import are_rotated, check_rotations, enrolled_rows, kept_rows, rotated
+from anomalib_resad.export.edge_bundle import load_model
+from anomalib_resad.export.parity import TorchReference
+from anomalib_resad.method.features import as_list
+from anomalib_resad.method.reference_bank import BankRecord
+from anomalib_resad.reference_rows import as_tensor, encode_photo, leave_one_out, reference_rows
 from tests.conftest import product, quiet_engine
 from tests.test_edge_commands import resad
 
@@ -23,7 +26,7 @@ SIDE = 64
 
 
 def part(degrees: float) -> np.ndarray:
-    """A key-shaped part on a plain ground, turned."""
+    """A key-shaped part on a plain ground, rotated."""
     image = Image.new("RGB", (SIDE, SIDE), (90, 90, 90))
     draw = ImageDraw.Draw(image)
     draw.rectangle((10, 28, 54, 34), fill=(220, 200, 40))
@@ -40,33 +43,33 @@ def patches(pixels: np.ndarray) -> list[np.ndarray]:
     return [rows, rows - 127.5]
 
 
-def test_turning_keeps_the_size_and_goes_counterclockwise() -> None:
+def test_rotating_keeps_the_size_and_goes_counterclockwise() -> None:
     photo = part(0)
-    assert np.array_equal(turned(photo, 0), photo)
+    assert np.array_equal(rotated(photo, 0), photo)
     for angle in (90, 180, 270):
-        assert np.array_equal(turned(photo, angle), np.rot90(photo, angle // 90))
+        assert np.array_equal(rotated(photo, angle), np.rot90(photo, angle // 90))
     inside = np.hypot(*(np.indices((SIDE, SIDE)) - (SIDE - 1) / 2)) < SIDE / 2 - 2
-    difference = turned(photo, 30)[inside].astype(float) - part(30)[inside]
+    difference = rotated(photo, 30)[inside].astype(float) - part(30)[inside]
     assert np.abs(difference).mean() < 1
     for shape in ((40, 200, 3), (200, 40, 3), (9, 8, 3)):
         wide = np.random.default_rng(0).integers(100, 200, shape, dtype=np.uint8)
         for angle in (45, 90):
-            found = turned(wide, angle)
+            found = rotated(wide, angle)
             assert found.shape == shape
             assert found.min() >= 100, "corners show the photo's mirror image, nothing black"
 
 
-def test_only_products_that_lie_turned_are_turned() -> None:
+def test_only_products_that_are_rotated_are_rotated() -> None:
     noise = np.random.default_rng(0)
 
     def photos(angles: list[float]) -> list[np.ndarray]:
         return [np.clip(part(angle) + noise.normal(0, 4, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8) for angle in angles]
 
     for angles, expected in (([0, 90, 180, 275], 8), ([3, 88], 8), ([0, 0, 0, 0], 1), ([1, -1], 1), ([90], 1)):
-        _, turns = enrolled_rows(photos(angles), patches, True)  # type: ignore[arg-type]
-        assert turns == expected, angles
+        _, orientations = enrolled_rows(photos(angles), patches, True)  # type: ignore[arg-type]
+        assert orientations == expected, angles
     same = [patches(part(0))[-1]] * 4
-    assert not lie_turned([same, same]), "copies of one photo say nothing"
+    assert not are_rotated([same, same]), "copies of one photo say nothing"
 
 
 @pytest.mark.parametrize("keyed", [True, False])
@@ -79,21 +82,21 @@ def test_own_patches_come_first_then_those_of_copies_that_they_lack(keyed: bool)
         return [values, keys] if keyed else [values[:32], keys]
 
     photos = [part(20), part(65), part(140)]
-    rows, turns = enrolled_rows(photos, encode, keyed, 4)
-    assert turns == 4
+    rows, orientations = enrolled_rows(photos, encode, keyed, 4)
+    assert orientations == 4
     assert len(seen) == 12
     for photo, levels in zip(photos, rows, strict=True):
         for number, (level, own) in enumerate(zip(levels, encode(photo), strict=True)):
-            assert len(level) == rows_of(len(own), 4) == len(own) * 3 // 2
+            assert len(level) == kept_rows(len(own), 4) == len(own) * 3 // 2
             assert np.array_equal(level[: len(own)], own)
-            copies = np.concatenate([encode(turned(photo, angle))[number] for angle in (90, 180, 270)])
+            copies = np.concatenate([encode(rotated(photo, angle))[number] for angle in (90, 180, 270)])
             assert all((copies == row).all(axis=1).any() for row in level[len(own) :])
         if keyed:
             assert np.array_equal(levels[0] - 127.5, levels[1]), "values and their keys are kept together"
-    alone, turns = enrolled_rows(photos[:1], encode, keyed, 4)
+    alone, _ = enrolled_rows(photos[:1], encode, keyed, 4)
     assert all(np.array_equal(a, b) for a, b in zip(alone[0], rows[0], strict=True)), "each photo stands for itself"
-    plain, turns = enrolled_rows(photos, encode, keyed, 1)
-    assert turns == 1
+    plain, orientations = enrolled_rows(photos, encode, keyed, 1)
+    assert orientations == 1
     assert all(np.array_equal(a, b) for a, b in zip(plain[1], encode(photos[1]), strict=True))
 
 
@@ -118,9 +121,9 @@ def test_impossible_rotations_are_refused(rotations: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def turned_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts") / "good"
-    folder.mkdir()
+def rotated_parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "parts" / "train" / "good"
+    folder.mkdir(parents=True)
     for index, angle in enumerate((0, 100, 190, 260)):
         Image.fromarray(part(angle)).save(folder / f"{index}.png")
     return folder
@@ -132,17 +135,16 @@ def enroll(checkpoint: Path, references: Path, folder: Path, **settings: object)
     return model
 
 
-def test_enrolled_product_says_how_it_was_turned(
-    trained_default: Path, turned_parts: Path, tmp_path: Path, products: Path
+def test_enrolled_product_says_how_it_was_rotated(
+    trained_default: Path, rotated_parts: Path, tmp_path: Path, products: Path
 ) -> None:
     """The default looks at the photos; a number is obeyed; either is the checkpoint's unless given."""
     for given, expected in (({}, 8), ({"rotations": 1}, 1), ({"rotations": 3}, 3)):
-        model = enroll(trained_default, turned_parts, tmp_path, k_shot=4, false_alarm_rate=0.2, **given)
+        model = enroll(trained_default, rotated_parts, tmp_path, k_shot=4, false_alarm_rate=0.2, **given)
         bank = model.model.bank
-        assert bank.record["rotations"] == expected
-        assert [len(level) for level in bank.levels] == [4 * rows_of(64, expected)] * 2
-        scores = leave_one_out(model.model, 4, (64, 64), expected)
-        assert bank.record["leave_one_out"] == pytest.approx(scores, abs=1e-6)
+        assert bank.record.rotations == expected
+        assert [len(level) for level in as_list(bank.rows)] == [4 * kept_rows(64, expected)] * 2
+        assert len(leave_one_out(model.model, model.pre_processor)) == 4
     path = tmp_path / "three.ckpt"
     engine = quiet_engine(tmp_path)
     engine.fit(model, datamodule=product(products, "tiles"))
@@ -153,59 +155,80 @@ def test_enrolled_product_says_how_it_was_turned(
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 1), ({"rotations": "auto"}, 8), ({"rotations": 3}, 3)])
-def test_restored_preset_turns_nothing_unless_asked(
-    given: dict[str, object], expected: int, trained: Path, turned_parts: Path, tmp_path: Path
+def test_restored_preset_rotates_nothing_unless_asked(
+    given: dict[str, object], expected: int, trained: Path, rotated_parts: Path, tmp_path: Path
 ) -> None:
     """`--ckpt_path` restores the model after its callbacks are made, and the class's own default is "auto"."""
-    model = ResAD("resnet18", pre_trained=False, references=turned_parts, visualizer=False, **given)  # type: ignore[arg-type]
-    quiet_engine(tmp_path).predict(model, data_path=turned_parts, ckpt_path=trained, return_predictions=False)
+    model = ResAD("resnet18", pre_trained=False, references=rotated_parts, visualizer=False, **given)  # type: ignore[arg-type]
+    quiet_engine(tmp_path).predict(model, data_path=rotated_parts, ckpt_path=trained, return_predictions=False)
     assert model.hparams["variant"] == "resad"
     assert model.hparams["rotations"] == given.get("rotations", 1)
-    assert model.model.bank.record["rotations"] == expected
+    assert model.model.bank.record.rotations == expected
 
 
-def test_presets_turn_nothing_unless_asked(trained: Path, turned_parts: Path, tmp_path: Path) -> None:
-    assert enroll(trained, turned_parts, tmp_path).model.bank.record["rotations"] == 1
-    model = enroll(trained, turned_parts, tmp_path, rotations="auto", k_shot=4)
-    assert model.model.bank.record["rotations"] == 8
-    assert [len(level) for level in model.model.bank.levels] == [4 * rows_of(side**2, 8) for side in (16, 8, 4)]
+def test_presets_rotate_nothing_unless_asked(trained: Path, rotated_parts: Path, tmp_path: Path) -> None:
+    assert enroll(trained, rotated_parts, tmp_path).model.bank.record.rotations == 1
+    model = enroll(trained, rotated_parts, tmp_path, rotations="auto", k_shot=4)
+    assert model.model.bank.record.rotations == 8
+    assert [len(level) for level in model.model.bank.rows.values] == [4 * kept_rows(side**2, 8) for side in (16, 8, 4)]
 
 
-def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Path, turned_parts: Path) -> None:
-    """Photo in, score out, with the others' turned copies in the bank."""
+def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Path, rotated_parts: Path) -> None:
+    """Photo in, score out, with the others' rotated copies in the bank."""
     model = ResAD(checkpoint=trained_default).eval()
-    paths = sorted(turned_parts.glob("*.png"))
-    rows, turns = reference_rows(model.model, model.pre_processor, paths, "auto")
-    model.model.bank.store(rows)
-    scores = leave_one_out(model.model, 4, (64, 64), turns)
-    others, _ = reference_rows(model.model, model.pre_processor, paths[1:], turns)
-    features = encode_photo(model.model, model.pre_processor, read_photo(paths[0]))
+    paths = sorted(rotated_parts.glob("*.png"))
+    photos = list(read_references(paths).values())
+    rows, orientations = reference_rows(model.model, model.pre_processor, photos, "auto")
+    model.model.bank.store(rows, BankRecord(photos=4, rotations=orientations))
+    scores = leave_one_out(model.model, model.pre_processor)
+    others, _ = reference_rows(model.model, model.pre_processor, photos[1:], orientations)
+    features = encode_photo(model.model, model.pre_processor, as_tensor(photos[0]))
     with torch.no_grad():
         assert scores[0] == pytest.approx(model.model.detect(features, others, (64, 64)).pred_score.item(), abs=1e-5)
-    with pytest.raises(ValueError, match=r"4 whole photos of \[.*\] patches, 1 ways round"):
-        leave_one_out(model.model, 4, (64, 64))
+    model.model.bank.store(rows, BankRecord(photos=4, rotations=1))
+    with pytest.raises(ValueError, match=r"4 whole photos of \[.*\] patches in 1 orientations"):
+        leave_one_out(model.model, model.pre_processor)
 
 
-def test_parity_of_a_turned_product(trained_default: Path, turned_parts: Path) -> None:
-    """Both runtimes choose the same copies' patches; anomalib's export has the bank inside."""
-    photos = sorted(turned_parts.glob("*.png"))
-    rows = compare(trained_default, photos, photos[:2], threads=1)["rows"]
-    for name in ("OpenVINO FP32", STOCK):
-        assert rows[name]["score_max"] < 1e-4, name
-        assert rows[name]["same_labels"] == 1, name
+def test_rotations_that_are_asked_for_later_are_made(
+    trained_default: Path, rotated_parts: Path, tmp_path: Path
+) -> None:
+    """A bank of the same photos, each as it is, is not what was asked for."""
+    engine, data = quiet_engine(tmp_path), product(rotated_parts.parents[2], "parts")
+    engine.fit(ResAD(checkpoint=trained_default, rotations=1, references=rotated_parts, visualizer=False), data)
+    for given, expected in ((1, 1), ("auto", 8)):
+        model = ResAD(checkpoint=engine.best_model_path, rotations=given, references=rotated_parts, visualizer=False)  # type: ignore[arg-type]
+        quiet_engine(tmp_path / "again").predict(model, data_path=rotated_parts, return_predictions=False)
+        assert model.model.bank.record.rotations == expected
+        assert model.model.bank.record.rotations_asked == given
 
 
-def test_the_edge_turns_as_evaluation_does(trained_default: Path, turned_parts: Path, tmp_path: Path) -> None:
-    bundle = export_bundle(trained_default, tmp_path / "bundle")
-    inferencer = ResADInferencer(bundle)
+def test_parity_of_a_rotated_product(
+    trained_default: Path, bundle_default: Path, rotated_parts: Path, tmp_path: Path
+) -> None:
+    """Both runtimes choose the same copies' patches; test_export does the same for a file with the bank inside."""
+    photos = sorted(rotated_parts.glob("*.png"))
+    inferencer = ResADInferencer(bundle_default, banks=tmp_path)
+    inferencer.enroll("parts", photos[:3])
+    evaluation = TorchReference(load_model(trained_default), photos[:3])
+    for photo in photos:
+        theirs, ours = inferencer.predict(photo, "parts"), evaluation.predict(photo)
+        assert theirs.score == pytest.approx(ours.score, abs=1e-4)
+        assert theirs.label == ours.label
+
+
+def test_the_edge_rotates_as_evaluation_does(
+    trained_default: Path, bundle_default: Path, rotated_parts: Path, tmp_path: Path
+) -> None:
+    inferencer = ResADInferencer(bundle_default, banks=tmp_path)
     assert inferencer.manifest.rotations == "auto"
-    photos = sorted(turned_parts.glob("*.png"))
+    photos = sorted(rotated_parts.glob("*.png"))
     bank = inferencer.enroll("parts", photos)
     assert bank.rotations == 8
     model = ResAD(checkpoint=trained_default).eval()
     ordered = [photos[[path.name for path in photos].index(each.name)] for each in bank.references]
-    rows, _ = reference_rows(model.model, model.pre_processor, ordered, "auto")
-    for number, level in enumerate(rows):
+    rows, _ = reference_rows(model.model, model.pre_processor, list(read_references(ordered).values()), "auto")
+    for number, level in enumerate(as_list(rows)):
         np.testing.assert_allclose(bank.arrays[f"rows_{number}"], level.numpy(), atol=1e-4)
     again = inferencer.enroll("again", [photos[2], *photos[::-1]])
     assert all(np.array_equal(bank.arrays[name], again.arrays[name]) for name in bank.arrays), "order, duplicates"
@@ -214,11 +237,34 @@ def test_the_edge_turns_as_evaluation_does(trained_default: Path, turned_parts: 
     added = inferencer.add("some", photos[3:])
     assert all(np.array_equal(bank.arrays[name], added.arrays[name]) for name in bank.arrays)
     inferencer.remove("some", photos[0].name)
-    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * rows_of(64, 8)] * 2
-    told = resad("enroll", "--bundle", bundle, "--product", "told", "--photos", turned_parts, "--rotations", 2)
-    assert "4 photos, 2 ways round" in told
+    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * kept_rows(64, 8)] * 2
+    told = resad(
+        "enroll",
+        "--bundle",
+        bundle_default,
+        "--banks",
+        tmp_path,
+        "--product",
+        "told",
+        "--photos",
+        rotated_parts,
+        "--rotations",
+        2,
+    )
+    assert "4 photos in 2 orientations" in told
     assert inferencer.bank("told").rotations == 2
     assert "rotations=0" in resad(
-        "enroll", "--bundle", bundle, "--product", "none", "--photos", turned_parts, "--rotations", 0, status=2
+        "enroll",
+        "--bundle",
+        bundle_default,
+        "--banks",
+        tmp_path,
+        "--product",
+        "none",
+        "--photos",
+        rotated_parts,
+        "--rotations",
+        0,
+        status=2,
     )
     assert "none" not in inferencer.products

@@ -3,6 +3,7 @@
 """What is exported gives the numbers of evaluation, photo in, score and map out, in photos of any size."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,8 @@ from anomalib.deploy import CompressionType, OpenVINOInferencer
 from PIL import Image
 
 from anomalib_resad import ResAD
-from anomalib_resad.calibration import Thresholds
-from anomalib_resad.enrollment.draws import read_photo
-from anomalib_resad.reference_rows import leave_one_out
+from anomalib_resad.enrollment.thresholds import Thresholds
+from anomalib_resad.reference_rows import leave_one_out, read_photo
 from tests.conftest import TINY, product, quiet_engine
 
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -28,11 +28,21 @@ def evaluate(model: ResAD, photos: torch.Tensor) -> InferenceBatch:
         return model.post_processor(model.model(model.pre_processor.transform(photos)))
 
 
-@pytest.fixture(scope="module")
-def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("exported")
-    model = ResAD.load_from_checkpoint(trained).eval()
-    return {kind: getattr(model, f"to_{kind}")(folder) for kind in ("openvino", "torch", "onnx")}
+@pytest.fixture(scope="session")
+def exported(share: Callable[..., Path], trained: Path) -> dict[str, Path]:
+    """One file of each kind; traced once, since that takes the time."""
+
+    def make(folder: Path) -> None:
+        model = ResAD.load_from_checkpoint(trained).eval()
+        onnx = model.to_onnx(folder)
+        model.to_torch(folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ResAD, "to_onnx", lambda *_, **__: onnx)
+            model.to_openvino(folder)
+
+    weights = share("exported", make) / "weights"
+    files = {"openvino": "openvino/model.xml", "torch": "torch/model.pt", "onnx": "onnx/model.onnx"}
+    return {kind: weights / file for kind, file in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,7 @@ def test_openvino_inferencer_agrees_with_evaluation(
     large = tmp_path / "large.png"  # larger than the input, and not square
     Image.open(photos[0]).resize((300, 170)).save(large)
     for photo in [*photos, large]:
-        theirs, ours = inferencer.predict(photo), evaluate(model, read_photo(photo)[None])
+        theirs, ours = inferencer.predict(photo), evaluate(model, read_photo(str(photo))[None])
         np.testing.assert_allclose(theirs.pred_score.squeeze(), ours.pred_score.squeeze(), atol=1e-4)
         np.testing.assert_allclose(theirs.anomaly_map.squeeze(), ours.anomaly_map.squeeze(), atol=1e-4)
         assert bool(theirs.pred_label.squeeze()) == bool(ours.pred_label)
@@ -74,7 +84,7 @@ def test_the_threshold_of_an_export_can_be_changed(exported: dict[str, Path], mo
         raw = model.model(model.pre_processor.transform(photos)).pred_score
     between = raw.sort().values[2:4].mean().item()
     assert (theirs > thresholds.at_raw(between)).tolist() == (raw > between).tolist() != [False] * 6
-    scores = leave_one_out(model.model, 2, (64, 64))
+    scores = leave_one_out(model.model, model.pre_processor)
     assert thresholds.leave_one_out == pytest.approx(scores, abs=1e-6)
     changed = copy.deepcopy(model.post_processor)
     changed.calibrate(scores, 0.4)
@@ -107,7 +117,9 @@ def test_every_operation_stays_in_float32(exported: dict[str, Path]) -> None:
 
 
 def test_the_default_model_too(trained_default: Path, tmp_path: Path) -> None:
+    """With a bank of rotated photos."""
     model = ResAD.load_from_checkpoint(trained_default).eval()
+    assert model.model.bank.record.rotations == 8
     path = model.to_openvino(tmp_path, input_size=(64, 64))
     assert not {name for name, kind in precisions(path).items() if kind in ("bf16", "f16")}
     photos = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -115,7 +127,7 @@ def test_the_default_model_too(trained_default: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(theirs["pred_score"].reshape(-1), ours.pred_score, atol=1e-4)
     np.testing.assert_allclose(theirs["anomaly_map"], ours.anomaly_map, atol=1e-3)
     kinds = [node.get_type_name() for node in openvino.Core().read_model(path).get_ops()]
-    assert kinds.count("Transpose") == len(model.hparams["layers"]), "each level is turned once"
+    assert kinds.count("Transpose") == len(model.hparams["layers"]), "each level is transposed once"
 
 
 def test_compressed_exports_are_usable(
@@ -124,7 +136,7 @@ def test_compressed_exports_are_usable(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ResAD, "to_onnx", lambda *_, **__: exported["onnx"])  # traced once: that takes the time
     photo = min((products / "tiles" / "test").glob("*/*.png"))
-    ours = evaluate(model, read_photo(photo)[None])
+    ours = evaluate(model, read_photo(str(photo))[None])
     data = product(products, "tiles")
     for kind, correlation in ((CompressionType.FP16, 0.99), (CompressionType.INT8_PTQ, 0.7)):
         path = model.to_openvino(tmp_path / kind, compression_type=kind, datamodule=data)
@@ -163,12 +175,11 @@ def test_torch_export_agrees_with_evaluation(exported: dict[str, Path], model: R
 
 
 def test_exporting_changes_nothing(exported: dict[str, Path], trained: Path, tmp_path: Path) -> None:
-    """Twice, and through the engine: the same graph, and a model that scores as before."""
+    """Through the engine, from the checkpoint: the same numbers."""
     model = ResAD.load_from_checkpoint(trained).eval()
     photos = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     before = evaluate(model, photos).anomaly_map
     again = quiet_engine(tmp_path).export(ResAD(**TINY), "openvino", export_root=tmp_path, ckpt_path=trained)
-    model.to_openvino(tmp_path / "twice")
     assert torch.equal(evaluate(model, photos).anomaly_map, before)
     outputs = [
         openvino.Core().compile_model(path, "CPU", F32)(photos.numpy())["anomaly_map"]

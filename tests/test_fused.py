@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from anomalib_resad import ResADModel
 from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.method.head import EQUAL, FusedHead
-from anomalib_resad.method.joined_levels import JoinedLevels, distance_within
-from anomalib_resad.method.presets import TRAINING, VARIANTS
-from anomalib_resad.method.reference_bank import ReferenceBank, to_rows
-from anomalib_resad.torch_model import TOP_SHARE
-
-SETTINGS = {key: value for key, value in VARIANTS["fused"].items() if key not in TRAINING}
+from anomalib_resad.method.features import Features, Rows, to_rows
+from anomalib_resad.method.head import ABNORMAL_SHARE, EQUAL, PATCHES, EvidenceHead
+from anomalib_resad.method.joined_levels import JoinedLevels
+from anomalib_resad.method.reference_bank import ReferenceBank
+from anomalib_resad.method.self_similarity import self_similarity_distance
+from anomalib_resad.torch_model import TOP_SHARE, fused, resad
 
 
 class Coordinates(nn.Module):
@@ -37,7 +36,7 @@ class Coordinates(nn.Module):
 @pytest.fixture(scope="module")
 def model() -> ResADModel:
     torch.manual_seed(0)
-    model = ResADModel("resnet18", pre_trained=False, **SETTINGS).eval()
+    model = fused("resnet18", pre_trained=False).eval()
     model.bank.fill(model.encode(torch.randn(2, 3, 64, 96)))
     return model
 
@@ -48,7 +47,9 @@ def model() -> ResADModel:
 def test_levels_are_joined_where_they_belong() -> None:
     """Each position of the joined map holds the direction of the same place in every level."""
     join = JoinedLevels([2, 2, 2], 6)
-    joined, keys = join(Coordinates()(torch.zeros(1, 3, 64, 96)))
+    (joined,), keys = join(Coordinates()(torch.zeros(1, 3, 64, 96)))
+    assert keys is not None
+    torch.testing.assert_close(join.keys_of(joined), keys, msg="the same, of levels that were joined before")
     assert joined.shape == (1, 6, 8, 12)
     assert keys.shape == (1, 6, 8, 12)
     place = nn.functional.normalize(Coordinates.grid(1, 8, 12), dim=1) / 3**0.5
@@ -63,14 +64,15 @@ def test_keys_keep_who_is_near() -> None:
     """As many keys as channels keep every angle; a quarter of them, nearly every neighbor that stands out."""
     torch.manual_seed(0)
     levels = [torch.randn(1, 128, 16, 16), torch.randn(1, 128, 8, 8)]
-    joined, keys = JoinedLevels([128, 128], 256)(levels)
+    (joined,), keys = JoinedLevels([128, 128], 256)(levels)
+    assert keys is not None
     torch.testing.assert_close(to_rows(keys) @ to_rows(keys).T, to_rows(joined) @ to_rows(joined).T)
-    bank = ReferenceBank([256, 64], "cosine", keyed=True)
+    bank = ReferenceBank([256], 64, "cosine")
     join = JoinedLevels([128, 128], 64)
     bank.fill(join(levels))
     near = [level + 0.3 * torch.randn_like(level) for level in levels]
     (matched,) = bank(join(near))
-    right = (matched == join(levels)[0]).all(dim=1)
+    right = (matched == join(levels).values[0]).all(dim=1)
     assert right.float().mean() > 0.99
 
 
@@ -94,7 +96,7 @@ def test_fewer_channels_than_keys() -> None:
 
 def test_projection_is_needed() -> None:
     with pytest.raises(ValueError, match="projection=0"):
-        ResADModel("resnet18", pre_trained=False, estimator="fused")
+        fused("resnet18", pre_trained=False, projection=0)
 
 
 # -- distance within a photo ------------------------------------------------------------------------------------------
@@ -106,21 +108,21 @@ def test_what_recurs_elsewhere_is_near() -> None:
     keys[:, 0, :, ::2] = 1
     keys[:, 1, :, 1::2] = 1
     keys[1, :, 10, 10:12] = torch.tensor([0.0, 0.0, 1.0, 0.0])[:, None]
-    distances = distance_within(keys)
+    distances = self_similarity_distance(keys)
     assert distances.shape == (2, 28, 28)
     assert distances[0, :, ::2].max() == 0
     assert distances[0, :, 1::2].min() == 2, "the second stripe is in no second column: looked for in a quarter"
     assert distances[1, 10, 10] == distances[1, 10, 11] == 2
     keys[1, :, 4, 4] = keys[1, :, 10, 10]
-    assert distance_within(keys)[1, 10, 10] == 0
+    assert self_similarity_distance(keys)[1, 10, 10] == 0
 
 
 @pytest.mark.parametrize("size", [(28, 28), (20, 31), (56, 42)])
-def test_distance_within_leaves_out_the_surroundings(size: tuple[int, int]) -> None:
+def test_self_similarity_distance_leaves_out_the_surroundings(size: tuple[int, int]) -> None:
     """Against a search by hand, patch by patch."""
     torch.manual_seed(0)
     keys = nn.functional.normalize(torch.randn(1, 5, *size), dim=1)
-    distances, margin = distance_within(keys)[0], min(size) // 14
+    distances, margin = self_similarity_distance(keys)[0], min(size) // 14
     for row, column in ((0, 0), (9, 9), (size[0] - 1, 3)):
         elsewhere = [
             (keys[0, :, row, column] - keys[0, :, other, second]).square().sum()
@@ -132,7 +134,8 @@ def test_distance_within_leaves_out_the_surroundings(size: tuple[int, int]) -> N
 
 
 def test_a_photo_without_elsewhere_is_as_far_as_can_be() -> None:
-    assert distance_within(nn.functional.normalize(torch.randn(2, 3, 1, 1), dim=1)).tolist() == [[[4.0]], [[4.0]]]
+    keys = nn.functional.normalize(torch.randn(2, 3, 1, 1), dim=1)
+    assert self_similarity_distance(keys).tolist() == [[[4.0]], [[4.0]]]
 
 
 # -- head -------------------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ def test_a_photo_without_elsewhere_is_as_far_as_can_be() -> None:
 
 def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
     torch.manual_seed(0)
-    head = FusedHead(16)
+    head = EvidenceHead(16)
     residuals, within = torch.randn(500, 16), torch.rand(500) + 1
     labels = torch.zeros(500, dtype=torch.bool)
     for _ in range(3):
@@ -149,8 +152,8 @@ def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
     torch.testing.assert_close(head.power, residuals.square().mean(dim=0))
     evidence = head.evidence(residuals, within)
     parts = (evidence - evidence.mean(dim=0)) / evidence.std(dim=0, correction=0)
-    expected = (parts * torch.tensor(FusedHead.WEIGHTS)).sum(dim=1)
-    anomalies = head(residuals[:6], within[:6].reshape(1, 2, 3))
+    expected = (parts * torch.tensor(EvidenceHead.WEIGHTS)).sum(dim=1)
+    anomalies = head.anomalies(residuals[:6], within[:6].reshape(1, 2, 3))
     torch.testing.assert_close(anomalies, expected[:6].reshape(1, 2, 3), atol=1e-4, rtol=0)
     before = head.mean.clone()
     head.loss(2 * residuals, within, labels)
@@ -159,7 +162,7 @@ def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
 
 def test_head_counts_magnitudes_and_both_classes_alike() -> None:
     torch.manual_seed(0)
-    head = FusedHead(8).eval()
+    head = EvidenceHead(8).eval()
     residuals, within = torch.randn(10, 8), torch.rand(10)
     torch.testing.assert_close(head.evidence(residuals, within), head.evidence(-residuals, within))
     least = head.evidence(torch.zeros(1, 8), torch.zeros(1))[0, 1:].tolist()
@@ -174,7 +177,7 @@ def test_head_counts_magnitudes_and_both_classes_alike() -> None:
 def test_head_learns_what_sets_defects_apart() -> None:
     """A defect that is no longer than normal residuals and as frequent as they are, but lies in other channels."""
     torch.manual_seed(0)
-    head = FusedHead(16)
+    head = EvidenceHead(16)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     labels = torch.arange(400) % 4 == 0
     within = torch.ones(400)
@@ -196,6 +199,56 @@ def test_head_learns_what_sets_defects_apart() -> None:
     assert (anomaly[labels][:, None] > anomaly[~labels]).float().mean() > 0.95
 
 
+def test_loss_of_a_batch_by_hand() -> None:
+    """Which patches are normal and abnormal, against whose references, what they count: all patches are taken here."""
+    torch.manual_seed(0)
+    head = EvidenceHead(6, dropout=0.0).eval()
+    values, keys = torch.randn(2, 6, 4, 4), nn.functional.normalize(torch.randn(2, 3, 4, 4), dim=1)
+    references = [Rows([torch.randn(9, 6)], nn.functional.normalize(torch.randn(9, 3), dim=1)) for _ in range(2)]
+    mask = torch.zeros(2, 8, 8)
+    mask[0, 0, 0] = 1  # a quarter of one patch: abnormal
+    mask[1, :2, :2] = 1  # a whole patch
+    mask[1, 4:6, 4:6] = ABNORMAL_SHARE / 2  # too little to be abnormal, too much to be normal
+    assert min(PATCHES) >= 16
+    expected: dict[bool, list[Tensor]] = {False: [], True: []}
+    for photo in range(2):
+        for row in range(4):
+            for column in range(4):
+                share = mask[photo, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean()
+                if 0 < share < ABNORMAL_SHARE:
+                    continue
+                rows = references[photo]
+                assert rows.keys is not None
+                nearest = (rows.keys @ keys[photo, :, row, column]).argmax()
+                residual = values[photo, :, row, column] - rows.values[0][nearest]
+                expected[bool(share > 0)].append(head.classifier(residual.abs())[0])
+    assert [len(expected[side]) for side in (False, True)] == [29, 2]
+    loss = (
+        nn.functional.softplus(torch.stack(expected[False])).mean()
+        + nn.functional.softplus(-torch.stack(expected[True])).mean()
+    ) / 2
+    (step,) = head.losses(Features([values], keys), references, mask, progress=0.5)
+    torch.testing.assert_close(step["head"], loss)
+
+
+def test_loss_takes_no_more_patches_than_it_should() -> None:
+    """However large photo and defect are; which ones is drawn anew each time."""
+    torch.manual_seed(0)
+    head = EvidenceHead(4)
+    features = Features([torch.randn(1, 4, 20, 20)], nn.functional.normalize(torch.randn(1, 3, 20, 20), dim=1))
+    rows = Rows([torch.randn(50, 4)], nn.functional.normalize(torch.randn(50, 3), dim=1))
+    mask = torch.zeros(1, 40, 40)
+    mask[:, :20] = 1
+    counts, losses = [], set()
+    original = head.loss
+    head.loss = lambda *arguments: (counts.append(arguments[2].sum().item()), original(*arguments))[1]  # type: ignore[method-assign]
+    for _ in range(3):
+        (step,) = head.losses(features, [rows], mask, progress=0.0)
+        losses.add(round(step["head"].item(), 6))
+    assert counts == [PATCHES[1]] * 3
+    assert len(losses) == 3
+
+
 # -- score ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,15 +256,13 @@ def test_score_is_the_mean_of_the_most_anomalous_patches() -> None:
     """Two of 196 patches, however they are smoothed in the map; the papers' presets take the map's maximum."""
     anomalies = torch.zeros(1, 14, 14)
     anomalies[0, 3, 3], anomalies[0, 9, 2], anomalies[0, 1, 1] = 4, 2, 1
-    result = AnomalyMapGenerator(1, sigma=4.0, top_share=0.01)([anomalies], (112, 112))
-    assert result.pred_score is not None
-    assert result.pred_score.tolist() == [3.0]
-    whole = AnomalyMapGenerator(1, sigma=4.0)([anomalies], (112, 112))
-    assert whole.anomaly_map is not None
-    assert torch.equal(whole.anomaly_map, result.anomaly_map)
-    assert whole.pred_score == whole.anomaly_map.max()
-    assert ResADModel("resnet18", pre_trained=False, **SETTINGS).anomaly_map.top_share == TOP_SHARE
-    assert ResADModel("resnet18", pre_trained=False).anomaly_map.top_share == 0
+    score, anomaly_map = AnomalyMapGenerator(sigma=4.0, top_share=0.01)([anomalies], (112, 112))
+    assert score.tolist() == [3.0]
+    highest, same_map = AnomalyMapGenerator(sigma=4.0)([anomalies], (112, 112))
+    assert torch.equal(anomaly_map, same_map)
+    assert highest == anomaly_map.max()
+    assert fused("resnet18", pre_trained=False).anomaly_map.top_share == TOP_SHARE
+    assert resad("resnet18", pre_trained=False, coupling_layers=1).anomaly_map.top_share == 0
 
 
 # -- properties -------------------------------------------------------------------------------------------------------
@@ -233,7 +284,7 @@ def test_batch_composition_changes_nothing(model: ResADModel) -> None:
     with torch.no_grad():
         features = model.encode(torch.randn(3, 3, 64, 96))
         together = model.detect(features, model.bank.enrolled, (64, 96)).anomaly_map
-        alone = model.detect([level[1:2] for level in features], model.bank.enrolled, (64, 96)).anomaly_map
+        alone = model.detect(features.photo(1), model.bank.enrolled, (64, 96)).anomaly_map
     assert together is not None
     torch.testing.assert_close(together[1:2], alone, atol=1e-5, rtol=0)
 

@@ -15,10 +15,11 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_resad.method.anomaly_map import AnomalyMapGenerator, fuse
+from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
 from anomalib_resad.method.codebook import Codebook, codebook_loss, match_distribution
 from anomalib_resad.method.constraintor import ConvBnReLU
 from anomalib_resad.method.flow import PositionFlow, position_encoding
+from anomalib_resad.method.likelihood_maps import average_maps, log_likelihood_to_anomaly
 from anomalib_resad.method.loss import (
     abnormal_invariant_occ,
     abnormal_probability,
@@ -32,8 +33,8 @@ from anomalib_resad.method.loss import (
     one_class_loss,
     orthogonality,
 )
-from anomalib_resad.method.reference_bank import match
-from anomalib_resad.torch_model import residual
+from anomalib_resad.method.reference_bank import nearest
+from anomalib_resad.method.residual_flow import residual
 
 FIGURES = np.load(Path(__file__).parent / "data" / "golden.npz")
 
@@ -49,7 +50,7 @@ def state(prefix: str) -> dict[str, Tensor]:
 def test_golden_match_and_residual() -> None:
     """The published code matches by cosine."""
     features = golden("match/features")
-    matched = match(features, golden("match/bank"), "cosine")
+    matched = nearest(features, golden("match/bank"), "cosine")
     assert torch.equal(matched, golden("match/matched"))
     assert torch.equal(residual(features, matched), golden("match/residual_difference"))
     torch.testing.assert_close(residual(features, matched, "squared"), golden("match/residual_squared"))
@@ -255,7 +256,7 @@ def test_golden_score_maps_as_published() -> None:
 def test_golden_score_smoothing_side_by_side() -> None:
     """Ours mirrors without repeating the edge: the same map from sigma 4 x 4 pixels inside the border on."""
     raw = torch.rand(1, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    blur = AnomalyMapGenerator(1, sigma=4.0).double().blur
+    blur = AnomalyMapGenerator(sigma=4.0).double().blur
     assert blur is not None
     ours, published = blur(raw[:, None])[:, 0], smooth(raw)
     torch.testing.assert_close(ours[:, 16:-16, 16:-16], published[:, 16:-16, 16:-16], rtol=0, atol=1e-6)
@@ -272,7 +273,7 @@ def test_golden_score_enlarging_side_by_side() -> None:
 
     assert center(enlarge(level, align_corners=False)) == pytest.approx(11.5, abs=1e-4)
     assert center(enlarge(level, align_corners=True)) == pytest.approx(31 / 3, abs=0.02)
-    ours = AnomalyMapGenerator(1, sigma=0)([level], (32, 32)).anomaly_map[:, 0]
+    ours = AnomalyMapGenerator(sigma=0)([level], (32, 32))[1][:, 0]
     assert torch.equal(ours, enlarge(level, align_corners=False))
 
 
@@ -280,10 +281,9 @@ def test_golden_score_maps_of_ours() -> None:
     """The figures' levels through our generator: near the published maps' mean, once both are on one scale."""
     log_p = [golden(f"score/logp{level}") for level in LEVELS]
     probabilities = [golden(f"score/abnormal_probability{level}") for level in LEVELS]
-    generator = AnomalyMapGenerator(3).double()
-    generator.ceilings = golden("score/max_logp_per_level")
-    anomalies = generator.likelihoods_to_anomalies(log_p)
-    ours = generator(fuse(anomalies, probabilities), (32, 32)).anomaly_map[:, 0]
+    ceilings = golden("score/max_logp_per_level")
+    anomalies = [log_likelihood_to_anomaly(*pair) for pair in zip(log_p, ceilings, strict=True)]
+    ours = AnomalyMapGenerator().double()(average_maps(anomalies, probabilities), (32, 32))[1][:, 0]
     highest = sum(enlarge((level - level.max()).exp(), align_corners=True) for level in log_p)
     assert isinstance(highest, Tensor)
     likelihood = (golden("score/map_from_logp_32px") + 3 - highest.max()) / 3  # 1 - mean, not max - sum

@@ -160,7 +160,7 @@ def test_methods_share_the_backbone_and_its_weights(weights: Path) -> None:
     resad = build(Method("anomalib_resad.ResAD", {"estimator": "distance"}), backbone, k_shot=3)
     assert resad.hparams["k_shot"] == 3
     images = torch.rand(2, 3, 64, 64)
-    (_, layer2, layer3), theirs = resad.model.backbone(images), patchcore.model.feature_extractor.eval()(images)
+    (_, layer2, layer3), theirs = resad.model.encoder.backbone(images), patchcore.model.feature_extractor.eval()(images)
     torch.testing.assert_close(theirs["layer2"], layer2)
     torch.testing.assert_close(theirs["layer3"], layer3)
     assert patchcore.pre_processor.transform.transforms[0].size == [64, 64]
@@ -249,7 +249,6 @@ def test_unknown_conditions_are_refused() -> None:
 METHODS = {
     "ResAD": {
         "class_path": "anomalib_resad.ResAD",
-        "init_args": {"coupling_layers": 1, "position_channels": 8, "flow_steps": 1},
         "source_epochs": 1,
     },
     "distance": {"class_path": "anomalib_resad.ResAD", "init_args": {"estimator": "distance"}},

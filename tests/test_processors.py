@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
@@ -9,6 +12,8 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
+from anomalib_resad.deploy.bundle import Scale
+from anomalib_resad.enrollment.thresholds import Thresholds, denormalize, normalize, product_map_threshold
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import AntialiasedResize, ExactPreProcessor
 
@@ -66,6 +71,35 @@ def test_ranking_is_kept_far_beyond_the_range() -> None:
     assert ((ours.pred_score > 0) & (ours.pred_score < 1)).all()
     theirs = with_statistics(PostProcessor())(batch)
     assert (theirs.pred_score.diff() == 0).any(), "anomalib clamps; if it no longer does, ours can go"
+
+
+@pytest.mark.parametrize("threshold", [0.4, math.nan])
+@pytest.mark.parametrize(("low", "high"), [(0.1, 1.3), (math.nan, math.nan), (0.7, 0.7)])
+def test_one_normalization_for_all(threshold: float, low: float, high: float) -> None:
+    """PyTorch, the edge, and the file beside an export, also where threshold or range is unknown or the range empty."""
+    raw = torch.tensor([-3.0, 0.4, 0.7, 0.9, 20.0])
+    ours = RankKeepingPostProcessor._normalize(raw, *(torch.tensor(value) for value in (low, high, threshold)))
+    assert ours is not None
+    assert (ours.diff() > 0).all()
+    scale = Scale(*(None if math.isnan(value) else value for value in (threshold, low, high)))
+    np.testing.assert_allclose(normalize(raw.numpy(), *scale.numbers), ours, rtol=1e-6)
+    beside = Thresholds(threshold, math.nan, (low, high), (math.nan, math.nan), math.nan, math.nan, ())
+    np.testing.assert_allclose([beside.at_raw(value) for value in raw.tolist()], ours, rtol=1e-6)
+    np.testing.assert_allclose([denormalize(value, *scale.numbers) for value in ours.tolist()], raw, rtol=1e-4)
+    center = 0.4 if threshold == 0.4 else {1.3: 0.7, 0.7: 0.7}.get(high, 0.0)
+    width = {1.3: 1.2, 0.7: 1.0}.get(high, 2.0)
+    u = 2 * (0.9 - center) / width
+    assert ours[3].item() == pytest.approx(0.5 + u / (2 * (1 + abs(u))), abs=1e-6)
+
+
+@pytest.mark.parametrize(("own", "source", "expected"), [(math.nan, 1.0, 2.0), (1.5, 1.0, 2.5), (1.5, math.nan, 1.5)])
+def test_threshold_of_maps_moves_with_that_of_scores(own: float, source: float, expected: float) -> None:
+    of_maps = 2.0 if source == 1.0 else math.nan
+    assert product_map_threshold(of_maps, source, own) == expected
+    post_processor = RankKeepingPostProcessor()
+    for name, value in (("_image_threshold", source), ("_pixel_threshold", of_maps), ("product_threshold", own)):
+        getattr(post_processor, name).fill_(value)
+    assert post_processor.pixel_threshold.item() == expected
 
 
 def test_metrics_do_not_depend_on_the_batches() -> None:

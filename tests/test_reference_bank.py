@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from anomalib_resad import ReferenceBank
-from anomalib_resad.method.reference_bank import Metric, match, nearest_rows, to_rows
+from anomalib_resad.method.features import Features, to_rows
+from anomalib_resad.method.reference_bank import BankRecord, Metric, nearest, nearest_rows
 
 METRICS: list[Metric] = ["l2", "cosine"]
 
@@ -25,18 +26,18 @@ def test_nearest_is_what_a_full_comparison_finds(metric: Metric, rows: int) -> N
 @pytest.mark.parametrize("metric", METRICS)
 def test_order_and_duplicates_of_references_change_nothing(metric: Metric) -> None:
     features, rows = random(2, 6, 5, 7), random(3000, 6, seed=1)
-    matched = match(features, rows, metric)
+    matched = nearest(features, rows, metric)
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(match(features, rows[order], metric), matched)
-    assert torch.equal(match(features, torch.cat([rows, rows[:700]]), metric), matched)
+    assert torch.equal(nearest(features, rows[order], metric), matched)
+    assert torch.equal(nearest(features, torch.cat([rows, rows[:700]]), metric), matched)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_batch_composition_changes_no_bit(metric: Metric) -> None:
     features, rows = random(4, 6, 8, 8).float(), random(2000, 6, seed=1).float()
-    alone = torch.cat([match(features[index : index + 1], rows, metric) for index in range(4)])
-    assert torch.equal(match(features, rows, metric), alone)
-    assert torch.equal(match(features.flip(0), rows, metric).flip(0), alone)
+    alone = torch.cat([nearest(features[index : index + 1], rows, metric) for index in range(4)])
+    assert torch.equal(nearest(features, rows, metric), alone)
+    assert torch.equal(nearest(features.flip(0), rows, metric).flip(0), alone)
 
 
 def test_layout_by_coordinates() -> None:
@@ -47,34 +48,45 @@ def test_layout_by_coordinates() -> None:
     assert rows[7 * 2 + 4].tolist() == [2, 4, 0]
     assert rows[35 + 7 * 2 + 4].tolist() == [2, 4, 100]
     shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(match(image, shuffled), image)
+    assert torch.equal(nearest(image, shuffled), image)
 
 
 def filled(photos: int = 2) -> ReferenceBank:
     bank = ReferenceBank([4, 6])
-    bank.fill([random(photos, 4, 3, 3).float(), random(photos, 6, 2, 2).float()], {"files": [{"name": "a.png"}]})
+    bank.fill(Features([random(photos, 4, 3, 3).float(), random(photos, 6, 2, 2).float()]))
     return bank
 
 
 def test_save_and_load_whatever_the_size(tmp_path) -> None:
     bank, other = filled(5), filled(1)
+    record = BankRecord("tiles", "folder", 2, 7, (("a.png", "0" * 64), ("b.png", "1" * 64)), 5, "auto", 8)
+    bank.store(bank.rows, record)
     torch.save(bank.state_dict(), tmp_path / "bank.pt")
     other.load_state_dict(torch.load(tmp_path / "bank.pt", weights_only=True))
-    assert all(torch.equal(a, b) for a, b in zip(bank.levels, other.levels, strict=True))
-    assert other.record == {"files": [{"name": "a.png"}]}
+    assert all(torch.equal(a, b) for a, b in zip(bank.rows.values, other.rows.values, strict=True))
+    assert other.record == record
+    assert other.record.names == "a.png, b.png"
+
+
+def test_records_of_version_0_1_are_read() -> None:
+    """They were dictionaries, whose leave-one-out scores may be another estimator's."""
+    bank = filled()
+    files = [{"name": "a.png", "sha256": "0" * 64}]
+    bank.set_extra_state({"category": "tiles", "k_shot": 1, "files": files, "rotations": 8, "leave_one_out": [1.0]})
+    assert bank.record == BankRecord("tiles", None, 1, None, (("a.png", "0" * 64),), 1, None, 8)
 
 
 def test_bad_banks_are_refused() -> None:
     bank = filled()
-    before = [level.clone() for level in bank.levels]
+    before = [level.clone() for level in bank.rows.values]
     with pytest.raises(ValueError, match="NaN"):
-        bank.fill([torch.full((1, 4, 3, 3), float("nan")), torch.zeros(1, 6, 2, 2)])
+        bank.fill(Features([torch.full((1, 4, 3, 3), float("nan")), torch.zeros(1, 6, 2, 2)]))
     with pytest.raises(ValueError, match=r"\(4, 6\)"):
-        bank.fill([torch.zeros(1, 5, 3, 3), torch.zeros(1, 6, 2, 2)])
+        bank.fill(Features([torch.zeros(1, 5, 3, 3), torch.zeros(1, 6, 2, 2)]))
     with pytest.raises(ValueError, match="at least one photo"):
-        bank.fill([torch.zeros(0, 4, 3, 3), torch.zeros(0, 6, 2, 2)])
-    assert all(torch.equal(a, b) for a, b in zip(bank.levels, before, strict=True))
+        bank.fill(Features([torch.zeros(0, 4, 3, 3), torch.zeros(0, 6, 2, 2)]))
+    assert all(torch.equal(a, b) for a, b in zip(bank.rows.values, before, strict=True))
     with pytest.raises(RuntimeError, match="references="):
-        ReferenceBank([4])([torch.zeros(1, 4, 2, 2)])
+        ReferenceBank([4])(Features([torch.zeros(1, 4, 2, 2)]))
     with pytest.raises(ValueError, match="match='dot'"):
-        ReferenceBank([4], "dot")
+        ReferenceBank([4], metric="dot")

@@ -54,7 +54,7 @@ def test_enroll_and_inspect_in_a_browser(server: str, products: Path, tmp_path: 
         page.get_by_label("Product", exact=True).last.fill("tiles")
         page.get_by_label("any way round").check()
         page.locator("#enroll").click()
-        page.get_by_text("tiles is enrolled. Each photo is known 8 ways round.").wait_for()
+        page.get_by_text("tiles is enrolled. Each photo is known in 8 orientations.").wait_for()
         _picture(page, "products")
         page.get_by_role("tab", name="Inspect").click()
         page.locator("#photo input[type=file]").set_input_files(photo)

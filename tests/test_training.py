@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from anomalib.data import ImageBatch
 
-from anomalib_resad import ResAD, ResADModel
-from anomalib_resad.enrollment.draws import read_photo
-from anomalib_resad.training.feature_cache import FeatureCache
-from tests.conftest import TINY, cross_category, product, quiet_engine
+from anomalib_resad import ResAD
+from anomalib_resad.data.product_folder import SamplesDataset
+from anomalib_resad.method.features import Features
+from anomalib_resad.method.residual_flow import ResidualFlow
+from anomalib_resad.reference_rows import read_photo
+from anomalib_resad.torch_model import resad
+from anomalib_resad.training.feature_cache import FeatureCache, Picture
+from anomalib_resad.training.source_photos import SourceBatch
+from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine
 from tests.test_backbone import Exploit
+
+SMALL = {"backbone": "resnet18", "pre_trained": False}
 
 
 def scores(model: ResAD, data: object, folder: Path) -> torch.Tensor:
@@ -30,29 +36,31 @@ def test_every_level_is_trained_and_the_backbone_is_not(products: Path, tmp_path
     trainable = {name for name, value in model.model.named_parameters() if value.requires_grad}
     unchanged = {name for name in trainable if torch.equal(before[name], model.model.state_dict()[name])}
     assert not unchanged
-    frozen = {f"backbone.{name}": value for name, value in model.model.backbone.state_dict().items()}
+    frozen = {f"encoder.backbone.{name}": value for name, value in model.model.encoder.backbone.state_dict().items()}
     assert all(torch.equal(before[name], value) for name, value in frozen.items())
-    assert torch.isfinite(model.model.anomaly_map.ceilings).all()
+    assert torch.isfinite(model.model.estimator.ceilings).all()
 
 
 def test_flow_loss_does_not_reach_the_constraintor(images: torch.Tensor) -> None:
-    model = ResADModel("resnet18", pre_trained=False, coupling_layers=1, position_channels=8)
-    features = model.backbone(images)
-    matched = [torch.zeros_like(level) for level in features]
-    masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
-    _, constrained = model.constrain_loss(features, matched, masks)
-    for loss in model.flow_losses(constrained, masks, batch_size=64, steps=2):
+    model = resad(**SMALL, coupling_layers=1, position_channels=8, flow_batch_size=64, flow_steps=2)
+    features, flow = model.encode(images), model.estimator
+    assert isinstance(flow, ResidualFlow)
+    matched = [torch.zeros_like(level) for level in features.values]
+    masks = [torch.zeros(3, *level.shape[-2:]) for level in features.values]
+    _, constrained = flow.constrain_loss(features, matched, masks)
+    for loss in flow.flow_losses(constrained, masks):
         loss.backward()
-    assert all(parameter.grad is None for parameter in model.constraintors.parameters())
-    assert all(flow.blocks.module_list[0].subnet[0].weight.grad is not None for flow in model.flows)
+    assert all(parameter.grad is None for parameter in flow.constraintors.parameters())
+    assert all(each.blocks.module_list[0].subnet[0].weight.grad is not None for each in flow.flows)
 
 
 def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
-    model = ResADModel("resnet18", pre_trained=False, coupling_layers=1, position_channels=0)
-    features = model.backbone(images)
+    model = resad(**SMALL, coupling_layers=1, position_channels=0, flow_batch_size=300)
+    features, estimator = model.encode(images).values, model.estimator
+    assert isinstance(estimator, ResidualFlow)
     masks = [torch.zeros(3, *level.shape[-2:]) for level in features]
     counts = [0, 0, 0]
-    for level, flow in enumerate(model.flows):
+    for level, flow in enumerate(estimator.flows):
         original = flow.log_likelihoods
 
         def counted(vectors, positions, level=level, original=original):
@@ -60,20 +68,23 @@ def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
             return original(vectors, positions)
 
         flow.log_likelihoods = counted
-    assert len(list(model.flow_losses(features, masks, batch_size=300, steps=None))) == 3
+    assert len(list(estimator.flow_losses(features, masks))) == 3
     assert counts == [3 * 256, 3 * 64, 3 * 16]
 
 
 def test_feature_cache_is_bounded_and_keeps_what_it_has() -> None:
     cache = FeatureCache(max_bytes=100)
     for name in ("a", "b", "c"):
-        cache.put(name, [torch.full((10,), float(ord(name)))])  # 40 bytes each: there is no room for the third
-    cache.put("a", [torch.zeros(10)])
+        picture = Picture(Features([torch.full((10,), float(ord(name)))]))  # 40 bytes each: none for the third
+        assert cache.put(name, picture) == (name != "c")
+    assert cache.put("a", Picture(Features([torch.zeros(10)])))
+    assert not cache.put("a", picture, painted=True)
     assert (len(cache), cache.bytes) == (2, 80)
     kept = cache.get("a")
     assert kept is not None
-    assert kept[0][0] == ord("a")
+    assert kept.features.values[0][0] == ord("a")
     assert cache.get("c") is None
+    assert cache.get("a", painted=True) is None
     cache.clear()
     assert (len(cache), cache.bytes) == (0, 0)
 
@@ -84,9 +95,9 @@ def test_checkpoint_holds_everything(trained: Path, images: torch.Tensor) -> Non
     assert all(isinstance(value, plain) for value in content["hyper_parameters"].values())
     restored = ResAD.load_from_checkpoint(trained).eval()
     bank = restored.model.bank
-    assert bank.record["category"] == "products/tiles"
-    assert len(bank.record["files"]) == 2
-    assert all(len(file["sha256"]) == 64 for file in bank.record["files"])
+    assert bank.record.category == "products/tiles"
+    assert len(bank.record.files) == bank.record.photos == 2
+    assert all(len(digest) == 64 for _, digest in bank.record.files)
     with torch.no_grad():
         first = restored.model(images)
         second = ResAD(checkpoint=trained).eval().model(images)
@@ -113,7 +124,7 @@ def test_two_phases(trained: Path, products: Path, tmp_path: Path) -> None:
     engine.fit(model, datamodule=product(products, "tiles", val_split_mode="same_as_test"))
     assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
     assert torch.equal(model.post_processor.image_threshold, threshold), "the trained threshold travels"
-    assert model.model.bank.record["k_shot"] == 3
+    assert model.model.bank.record.k_shot == 3
     saved = ResAD.load_from_checkpoint(engine.best_model_path)
     assert saved.model.bank.record == model.model.bank.record
 
@@ -162,15 +173,21 @@ def test_a_restored_bank_survives_a_test(trained: Path, products: Path, tmp_path
         quiet_engine(tmp_path).test(
             model, datamodule=product(products, category), ckpt_path=engine.best_model_path, verbose=False
         )
-        assert model.model.bank.record["origin"] == origin
-        assert model.model.bank.record["category"] == f"products/{category}"
+        assert model.model.bank.record.origin == origin
+        assert model.model.bank.record.category == f"products/{category}"
 
 
 def test_one_category_trains_on_synthetic_defects(products: Path, tmp_path: Path) -> None:
     model = ResAD(**TINY, visualizer=False)
     masks: list[bool] = []
-    original = model._mask_of
-    model._mask_of = lambda batch: (masks.append(bool(batch.gt_mask.any())), original(batch))[1]
+    original = model.source.prepare
+
+    def prepare(batch: SourceBatch, epoch: int) -> tuple:
+        found = original(batch, epoch)
+        masks.append(bool(found[2].any()))
+        return found
+
+    model.source.prepare = prepare
     data = product(products, "tiles", val_split_mode="synthetic")
     results = quiet_engine(tmp_path, max_epochs=3).train(model, datamodule=data)
     assert any(masks)
@@ -179,18 +196,18 @@ def test_one_category_trains_on_synthetic_defects(products: Path, tmp_path: Path
 
 
 def test_distance_needs_no_training(products: Path, tmp_path: Path) -> None:
-    model = ResAD(**TINY, estimator="distance", match="cosine", visualizer=False)
+    model = ResAD(**DISTANCE, match="cosine", visualizer=False)
     data = product(products, "tiles")
     values = scores(model, data, tmp_path)
     model.eval()
     with torch.no_grad():
         photo = read_photo(min(data.test_data.samples.image_path))[None]
-        features = model.model.backbone(model.pre_processor.transform(photo))
+        features = model.model.encode(model.pre_processor.transform(photo))
         expected = sum(
             torch.nn.functional.interpolate(
                 (1 - torch.cosine_similarity(x, m))[:, None], size=(64, 64), mode="bilinear", align_corners=False
             )
-            for x, m in zip(features, model.model.bank(features), strict=True)
+            for x, m in zip(features.values, model.model.bank(features), strict=True)
         )
         expected = model.model.anomaly_map.blur(expected).max()
     torch.testing.assert_close(values[0], 0.5 + expected / (2 * (1 + expected)))
@@ -198,7 +215,7 @@ def test_distance_needs_no_training(products: Path, tmp_path: Path) -> None:
 
 def test_checkpoint_that_was_never_trained(products: Path, tmp_path: Path) -> None:
     engine = quiet_engine(tmp_path)
-    engine.fit(ResAD(**TINY, estimator="distance", visualizer=False), datamodule=product(products, "tiles"))
+    engine.fit(ResAD(**DISTANCE, visualizer=False), datamodule=product(products, "tiles"))
     assert not ResAD(checkpoint=engine.best_model_path, estimator="distance").model.bank.is_empty
     with pytest.raises(ValueError, match="never trained"):
         ResAD(checkpoint=engine.best_model_path)
@@ -218,7 +235,7 @@ def test_bad_checkpoints(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt"):
         ResAD(checkpoint=tmp_path / "none.ckpt")
     content = torch.load(trained, weights_only=True)
-    content["state_dict"]["model.constraintors.0.conv.weight"][0] = float("nan")
+    content["state_dict"]["model.estimator.constraintors.0.conv.weight"][0] = float("nan")
     torch.save(content, tmp_path / "nan.ckpt")
     with pytest.raises(ValueError, match="training diverged"):
         ResAD(checkpoint=tmp_path / "nan.ckpt")
@@ -227,8 +244,11 @@ def test_bad_checkpoints(trained: Path, tmp_path: Path) -> None:
             ResAD(**TINY | {argument: "x"})
 
 
-def test_defective_images_without_masks_are_no_training_data() -> None:
-    images = torch.zeros(2, 3, 8, 8)
-    assert not ResAD._mask_of(ImageBatch(image=images, gt_label=torch.tensor([False, False]))).any()
-    with pytest.raises(ValueError, match="has no mask"):
-        ResAD._mask_of(ImageBatch(image=images, gt_label=torch.tensor([False, True])))
+def test_defective_images_without_masks_are_no_training_data(products: Path, tmp_path: Path) -> None:
+    """With ProductFolder alone, whose test images somebody made training images."""
+    data = product(products, "tiles")
+    data.setup()
+    data.train_data = SamplesDataset(data.test_data.samples.assign(mask_path=""), "classification")
+    data._is_setup = True
+    with pytest.raises(ValueError, match="is defective and has no mask"):
+        quiet_engine(tmp_path, max_epochs=1).fit(ResAD(**TINY | {"k_shot": 1}, visualizer=False), datamodule=data)

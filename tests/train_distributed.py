@@ -2,7 +2,7 @@
 
 """Train a tiny model in as many processes as asked for; each writes what it ended with. A script: see test_distributed.
 
-Usage: train_distributed.py <products> <output> <processes> <images per batch>
+Usage: train_distributed.py <products> <output> <processes> <images per batch> <variant>
 """
 
 import os
@@ -16,13 +16,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
-from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
 from anomalib_resad.method.codebook import Codebook
 from anomalib_resad.method.distributed import average_batch_norms, mean_of_known
+from anomalib_resad.method.residual_flow import ResidualFlow
 
 # Every patch in one step, so that a step sees the same patches in one process as in two.
-SETTINGS = {"backbone": "resnet18", "pre_trained": False, "coupling_layers": 2, "position_channels": 8, "k_shot": 2}
-SETTINGS |= {"image_size": (64, 64), "flow_batch_size": 100_000, "lr": 1e-3, "visualizer": False}
+SETTINGS = {"backbone": "resnet18", "pre_trained": False, "k_shot": 2, "image_size": (64, 64), "visualizer": False}
+OF_VARIANT: dict[str, dict] = {
+    "fused": {},
+    "resad++": {"coupling_layers": 2, "position_channels": 8, "flow_batch_size": 100_000, "codebook_size": 32},
+}
 
 
 class KeepState(Callback):
@@ -36,9 +39,10 @@ class KeepState(Callback):
         torch.save(tensors, self.output / f"rank{trainer.global_rank}.pt")
 
 
-def main(root: Path, output: Path, processes: int, batch: int, order: int = 0) -> None:
+def main(root: Path, output: Path, processes: int, batch: int, variant: str = "resad++", order: int = 0) -> None:
     seed_everything(0, verbose=False)
-    model = ResAD(**SETTINGS, variant="resad++", codebook_size=32, false_alarm_rate=0.3)
+    settings = SETTINGS | OF_VARIANT[variant]
+    model = ResAD(**settings, variant=variant, lr=1e-3, false_alarm_rate=0.3)
     seed_everything(order, verbose=False)  # the same first weights, whatever comes after
     sources, target = (ProductFolder(root, names, num_workers=0) for names in ("grain, pill", "tiles"))
     data = CrossCategory(sources, target, 0.4, batch, batch, 0)
@@ -66,20 +70,20 @@ def share(rank: int, folder: Path) -> None:
     """What a process learns of its part of PARTS together with the other one."""
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine, nan = PARTS[rank], torch.tensor(float("nan"))
-    maps = AnomalyMapGenerator(1)
-    maps.update_ceiling(0, mine, torch.zeros(4))
-    maps.update_ceiling(0, mine, torch.ones(4))  # no normal position anywhere: nothing to learn
+    flow = ResidualFlow([4], coupling_layers=1, position_channels=0)
+    flow.update_ceiling(0, mine, torch.zeros(4))
+    flow.update_ceiling(0, mine, torch.ones(4))  # no normal position anywhere: nothing to learn
     norm = torch.nn.BatchNorm1d(1, momentum=None)
     norm(mine[:, None])
     average_batch_norms([norm])
     codebook = Codebook(1, 16)
     codebook.start_from(mine[:, None], torch.zeros(4))
     assert norm.running_mean is not None
-    found = {"ceilings": maps.ceilings, "batch norm": norm.running_mean, "codes": codebook.codes.detach()}
+    found = {"ceilings": flow.ceilings, "batch norm": norm.running_mean, "codes": codebook.codes.detach()}
     found |= {"known": mean_of_known(mine.mean() if rank else nan), "unknown": mean_of_known(nan)}
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

@@ -20,7 +20,7 @@ from anomalib_resad.enrollment.photos import check_photos
 
 logger = logging.getLogger(__name__)
 
-LEAST_GROUP = 4  # images of one label of a category of which at least one is held out
+LEAST_GROUP = 3  # images of one label of a category of which at least one is held out
 
 
 def category_name(datamodule: AnomalibDataModule) -> str:

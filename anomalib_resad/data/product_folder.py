@@ -37,7 +37,7 @@ class SamplesDataset(AnomalibDataset):
             PhotoError: If the photo cannot be used.
         """
         sample = self.samples.iloc[index]
-        image = to_dtype(to_image(read_pixels(sample.image_path)), torch.float32, scale=True)
+        image = to_dtype(to_image(read_pixels(sample.image_path).copy()), torch.float32, scale=True)
         mask = None
         if self.samples.attrs["task"] == "segmentation":
             has_mask = sample.label_index == LabelName.ABNORMAL

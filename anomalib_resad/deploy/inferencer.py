@@ -4,7 +4,6 @@
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import openvino as ov
 
-from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, read_bank
+from anomalib_resad.deploy.bank import Bank, bank_file
+from anomalib_resad.deploy.bank_store import BankStore
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_manifest
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.photos import (
@@ -82,8 +82,7 @@ class ResADInferencer:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._core = ov.Core()
         self._requests: dict[str, ov.InferRequest] = {}
-        self._loaded: OrderedDict[str, tuple[tuple[int, int], Bank, list[np.ndarray]]] = OrderedDict()
-        self._most_loaded = most_loaded
+        self._store = BankStore(self.banks, self.manifest, most_loaded)
         self._lock = threading.RLock()
 
     # -- products -----------------------------------------------------------------------------------------------------
@@ -91,7 +90,7 @@ class ResADInferencer:
     @property
     def products(self) -> list[str]:
         """Names of the enrolled products, sorted."""
-        return sorted(path.name.removesuffix(SUFFIX) for path in self.banks.glob(f"[!.]*{SUFFIX}"))
+        return self._store.products
 
     def enroll(
         self,
@@ -120,8 +119,7 @@ class ResADInferencer:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
             PhotoError: If a photo cannot be used; nothing was written then.
         """
-        path = bank_file(self.banks, name)
-        if path.exists() and not replace_existing:
+        if bank_file(self.banks, name).exists() and not replace_existing:
             msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
             raise ValueError(msg)
         if max_patches is not None and max_patches < 1:
@@ -131,11 +129,12 @@ class ResADInferencer:
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        return self._write(self._bank_of(name, features, orientations, threshold, max_patches), path)
+        return self._store.write(self._bank_of(name, features, orientations, threshold, max_patches))
 
     def add(self, name: str, photos: Photos) -> Bank:
-        """Add good photos to a product; the bank is then as if all had been enrolled at once, in as many
-        orientations.
+        """Add good photos to a product; the bank is then as if all had been enrolled at once.
+
+        They are enrolled in as many orientations as those that are there.
 
         Raises:
             ValueError: If the product is not enrolled, or its bank was thinned out.
@@ -144,7 +143,7 @@ class ResADInferencer:
         bank = self._whole_bank(name)
         features = self._rows_of(bank) | self._features_of(photos, bank.rotations)[0]
         bank = self._bank_of(name, features, bank.rotations, bank.threshold, None)
-        return self._write(bank, bank_file(self.banks, name))
+        return self._store.write(bank)
 
     def remove(self, name: str, photo: str | None = None) -> None:
         """Remove a product, or one of its photos by name.
@@ -152,11 +151,8 @@ class ResADInferencer:
         Raises:
             ValueError: If there is no such product or photo, or it is the last photo.
         """
-        path = bank_file(self.banks, name)
         if photo is None:
-            self._stat(name)
-            path.unlink()
-            self._loaded.pop(name, None)
+            self._store.remove(name)
             return
         bank = self._whole_bank(name)
         kept = {reference: rows for reference, rows in self._rows_of(bank).items() if reference.name != photo}
@@ -164,11 +160,11 @@ class ResADInferencer:
             names = ", ".join(reference.name for reference in bank.references)
             msg = f"{photo!r} is not one of several photos of {name!r} ({names}). Nothing was changed."
             raise ValueError(msg)
-        self._write(self._bank_of(name, kept, bank.rotations, bank.threshold, None), path)
+        self._store.write(self._bank_of(name, kept, bank.rotations, bank.threshold, None))
 
     def set_threshold(self, name: str, threshold: float | None) -> Bank:
         """Give a product its own threshold of the raw score, or with ``None`` the model's again."""
-        return self._write(self.bank(name).with_threshold(threshold), bank_file(self.banks, name))
+        return self._store.write(self.bank(name).with_threshold(threshold))
 
     def bank(self, name: str) -> Bank:
         """The bank of a product.
@@ -177,32 +173,7 @@ class ResADInferencer:
             ValueError: If it is not enrolled.
             BankError: If its file cannot be used.
         """
-        return self._load(name)[0]
-
-    def _stat(self, name: str) -> tuple[int, int]:
-        """Time and size of a bank's file, by which a change is noticed."""
-        try:
-            stat = bank_file(self.banks, name).stat()
-        except FileNotFoundError as error:
-            known = ", ".join(self.products) or "none"
-            msg = f"{name!r} is not enrolled. Enrolled: {known}."
-            raise ValueError(msg) from error
-        return stat.st_mtime_ns, stat.st_size
-
-    def _load(self, name: str) -> tuple[Bank, list[np.ndarray]]:
-        """A bank, and its rows as the detector takes them."""
-        with self._lock:
-            stat = self._stat(name)
-            if name not in self._loaded or self._loaded[name][0] != stat:
-                bank = read_bank(bank_file(self.banks, name), self.manifest)
-                multiple = self.manifest.row_multiple
-                levels = range(len(self.manifest.levels))
-                rows = [padded(bank.arrays[f"rows_{level}"], multiple) for level in levels]
-                self._loaded[name] = (stat, bank, rows)
-                while len(self._loaded) > self._most_loaded:
-                    self._loaded.popitem(last=False)
-            self._loaded.move_to_end(name)
-            return self._loaded[name][1:]
+        return self._store.load(name)[0]
 
     def _whole_bank(self, name: str) -> Bank:
         bank = self.bank(name)
@@ -246,18 +217,6 @@ class ResADInferencer:
         bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches, rotations=rotations)
         return bank.with_threshold(threshold)
 
-    def _write(self, bank: Bank, path: Path) -> Bank:
-        check_bank(bank, self.manifest, bank.product)
-        with self._lock:
-            try:
-                self.banks.mkdir(parents=True, exist_ok=True)
-                bank.save(path)
-            except OSError as error:
-                msg = f"{path} cannot be written ({error}). Pass a folder for `banks` that can be."
-                raise BankError(msg) from error
-            self._loaded.pop(bank.product, None)
-        return bank
-
     # -- inspection ---------------------------------------------------------------------------------------------------
 
     def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -288,7 +247,7 @@ class ResADInferencer:
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
-        bank, rows = self._load(product)
+        bank, rows = self._store.load(product)
         encoded = [self.encode(read_pixels(photo)[None]) for photo in photos]
         if not encoded:
             return []

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anomalib.data import AnomalibDataModule
@@ -45,6 +46,28 @@ def calibration_photos(datamodule: AnomalibDataModule | None) -> Iterator[np.nda
     samples = datamodule.train_data.samples
     good = sorted(samples.image_path[samples.label_index == LabelName.NORMAL])[:MOST_PHOTOS]
     return (read_photo(path)[None].numpy() for path in good)
+
+
+def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:  # noqa: ANN401  # OpenVINO's, an extra
+    """Quantize the backbone of an OpenVINO model alone, on the datamodule's good training photos.
+
+    Raises:
+        ValueError: If there is no datamodule, or nothing to quantize.
+    """
+    photos = calibration_photos(datamodule)
+    from anomalib_resad.export.openvino_float32 import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
+
+    return quantize_backbone(model, photos)
+
+
+def finish_openvino(
+    path: Path, model: ResADModel, pre_processor: nn.Module | None, post_processor: nn.Module | None
+) -> None:
+    """Rewrite an exported OpenVINO model so that every device computes in float32; see :func:`write_thresholds`."""
+    from anomalib_resad.export.openvino_float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+
+    rewrite_in_float32(path)
+    write_thresholds(path, model, pre_processor, post_processor)
 
 
 def write_thresholds(

@@ -27,6 +27,7 @@ from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Precision
 from anomalib_resad.deploy.inferencer import Prediction, ResADInferencer
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import list_photos, read_references
+from anomalib_resad.enrollment.ranking import auroc
 from anomalib_resad.export.edge_bundle import convert, load_model, trace, write_bundle
 from anomalib_resad.few_shot_references import store
 from anomalib_resad.lightning_model import ResAD
@@ -121,16 +122,6 @@ def write_onnx(model: ResAD, folder: Path) -> None:
         torch.onnx.export(
             traced, f=path, dynamo=True, opset_version=18, input_names=inputs, output_names=outputs, verbose=False
         )
-
-
-def auroc(scores: Sequence[float], anomalous: Sequence[bool]) -> float | None:
-    """Area under the ROC curve: how often an anomalous photo scores higher than a good one; ties count half."""
-    good = np.array([score for score, bad in zip(scores, anomalous, strict=True) if not bad])
-    bad = np.array([score for score, bad in zip(scores, anomalous, strict=True) if bad])
-    if not len(good) or not len(bad):
-        return None
-    difference = bad[:, None] - good[None]
-    return float(np.mean((difference > 0) + 0.5 * (difference == 0)))
 
 
 def labels_of(photos: Sequence[Path]) -> list[bool] | None:

@@ -82,7 +82,8 @@ class EvidenceHead(Estimator):
         del progress
         assert features.keys is not None
         (values,) = features.values
-        shares = F.adaptive_avg_pool2d(mask[:, None].float(), values.shape[-2:]).flatten(1)  # (B, H * W)
+        height, width = values.shape[-2:]
+        shares = F.adaptive_avg_pool2d(mask[:, None].float(), (height, width)).flatten(1)  # (B, H * W)
         elsewhere = self_similarity_distance(features.keys).flatten(1)
         residuals, distances, labels = [], [], []
         for image, keys, rows, share, distance_map in zip(

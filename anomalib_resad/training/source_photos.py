@@ -8,7 +8,7 @@ model's input, and paths alone where nothing needs to be decoded.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from anomalib.data import AnomalibDataset, ImageItem
@@ -107,7 +107,7 @@ class SourcePhotos(Dataset):
         Raises:
             ValueError: If it is defective and has no mask.
         """
-        item: ImageItem = self.dataset[self._index[path]]
+        item = cast("ImageItem", self.dataset[self._index[path]])
         label = int(item.gt_label) if item.gt_label is not None else int(LabelName.NORMAL)
         if label == LabelName.ABNORMAL and item.gt_mask is None:
             msg = f"{path} is defective and has no mask. Train with CrossCategory, which leaves such images out."

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import LabelName
 from lightning.pytorch import Trainer
@@ -50,17 +50,18 @@ class SourceReferences:
         k_shot (int): References of an image.
         seed (int): Seed of the draws, and of the synthetic defects.
         cache_gb (float): Most memory for features, in GB; 0 computes them anew in each epoch.
-        synthetic (float): Share of the good images that get a defect; 0.5 at least where no image has a real one.
+        synthetic (float | None): Share of the good images that get a defect, ``None`` for none; 0.5 at least where no
+            image has a real one.
 
     Raises:
         ValueError: If ``synthetic`` is no share.
     """
 
-    def __init__(self, k_shot: int = 4, seed: int = 0, cache_gb: float = 4.0, synthetic: float = 0.0) -> None:
-        check_share(synthetic)
+    def __init__(self, k_shot: int = 4, seed: int = 0, cache_gb: float = 4.0, synthetic: float | None = None) -> None:
+        check_share(synthetic or 0.0)
         self.k_shot = k_shot
         self.seed = seed
-        self.synthetic = synthetic
+        self.synthetic = synthetic or 0.0
         self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
         self._held_out: dict[str, Rows] = {}  # by source category
@@ -70,7 +71,7 @@ class SourceReferences:
     @staticmethod
     def take_over(datamodule: Any) -> None:  # noqa: ANN401
         """Let a datamodule's training photos come undecoded where their features are kept."""
-        if isinstance(datamodule, AnomalibDataModule) and not isinstance(datamodule.train_data, SourcePhotos):
+        if isinstance(getattr(datamodule, "train_data", None), AnomalibDataset):
             datamodule.train_data = SourcePhotos(datamodule.train_data)
 
     @staticmethod
@@ -192,7 +193,7 @@ class SourceReferences:
         images = pre_process(self._pre_processor, photo.image[None])
         if photo.mask is None:
             return images, None
-        return images, pre_process(self._pre_processor, Mask(photo.mask)[None]).squeeze(0)
+        return images, pre_process(self._pre_processor, Mask(photo.mask[None])).squeeze(0)
 
     @torch.no_grad()
     def _encode(self, prepared: Sequence[tuple[Tensor, Tensor | None]]) -> list[Picture]:
@@ -217,7 +218,7 @@ class SourceReferences:
 
     def held_out(
         self,
-        paths: Sequence[str],
+        batch: ImageBatch,
         datamodule: Any,  # noqa: ANN401
         model: ResADModel,
         pre_processor: nn.Module | None,
@@ -226,14 +227,15 @@ class SourceReferences:
         """References of held-out source images: one draw per category, enrolled as a product's references are.
 
         Args:
-            paths (Sequence[str]): The images.
+            batch (ImageBatch): The images.
             datamodule (Any): Where they come from.
             model (ResADModel): The model.
             pre_processor (nn.Module | None): What comes before it.
             rotations (Rotations): Orientations of each reference.
         """
+        assert batch.image_path is not None
         pools = self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)
-        for path in paths:
+        for path in batch.image_path:
             category = pools.category_of[path]
             if category not in self._held_out:
                 drawn = pools.draw(path, self.k_shot, self.seed, category)
@@ -241,8 +243,4 @@ class SourceReferences:
                 device = next(model.parameters()).device
                 levels = [level.to(device) for level in as_list(rows)]
                 self._held_out[category] = rows_from_list(levels, model.bank.keyed)
-        return [self._held_out[pools.category_of[path]] for path in paths]
-
-    def forget_held_out(self) -> None:
-        """Draw the references of held-out images anew: for a validation by itself, of weights that may be others."""
-        self._held_out.clear()
+        return [self._held_out[pools.category_of[path]] for path in batch.image_path]

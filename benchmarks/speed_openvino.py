@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Times of exports to OpenVINO, pre-processing inside, against the backbone exported alone in the same precision."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import openvino as ov
+import torch
+from anomalib.data import Folder
+from anomalib.deploy import CompressionType
+from anomalib.models import Patchcore
+from torch import nn
+from torchvision.utils import save_image
+
+from anomalib_resad import ResAD
+from anomalib_resad.export.openvino_float32 import quantize_encoder
+from benchmarks.speed_models import BACKBONE, Actions, Row, in_turn
+
+SIZE = (224, 224)
+CALIBRATION = 10  # photos for 8-bit ranges, noise: the time does not depend on what they show
+Exports = dict[str, ov.Model]
+
+
+def openvino_rows(
+    backbone: str,
+    models: Mapping[str, ResAD],
+    rivals: Mapping[str, Patchcore],
+    batches: Sequence[int],
+    repeats: int,
+    threads: int,
+) -> list[Row]:
+    """Times per batch.
+
+    Args:
+        backbone (str): Its name.
+        models (Mapping[str, ResAD]): As of :func:`benchmarks.speed_models.known`.
+        rivals (Mapping[str, Patchcore]): As of :func:`benchmarks.speed_models.rivals`, of one photo only.
+        batches (Sequence[int]): Batch sizes.
+        repeats (int): Counted rounds.
+        threads (int): CPU threads.
+    """
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder:
+        exact, single, quantized = export_all(models, rivals, Path(folder))
+        for precision, batch in product(("f32", "bf16", "int8"), batches):
+            chosen = quantized if precision == "int8" else exact | (single if batch == 1 else {})
+            hint = "bf16" if precision == "bf16" else "f32"
+            config = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads}
+            photos = torch.rand(batch, 3, *SIZE).numpy()
+            actions: Actions = {}
+            for name, export in chosen.items():
+                model = export.clone()
+                model.reshape(photos.shape)
+                actions[name] = partial(ov.compile_model(model, "CPU", config).create_infer_request().infer, [photos])
+            timed = in_turn(actions, repeats, f"{backbone}, OpenVINO, {precision}, batch {batch}")
+            rows += [{"backbone": backbone, "runtime": f"openvino {precision}", "batch": batch} | row for row in timed]
+    return rows
+
+
+def export_all(
+    models: Mapping[str, ResAD], rivals: Mapping[str, Patchcore], folder: Path
+) -> tuple[Exports, Exports, Exports]:
+    """Exports for any batch, those of Patchcore for one photo, and those in 8 bits; their weights stay in the folder.
+
+    Of Patchcore, an export for any batch size would only take the size of the example.
+    """
+    core = ov.Core()
+    alone = _export(models["fused"].model.encoder.backbone, folder)
+    exact = {BACKBONE: core.read_model(alone)}
+    for name, model in models.items():
+        exact[name] = core.read_model(model.to_openvino(folder / name, input_size=SIZE))
+    single: Exports = {}
+    for name, rival in rivals.items():
+        path = rival.to_openvino(folder / name, input_size=SIZE, onnx_kwargs={"dynamic_shapes": None})
+        single[name] = core.read_model(path)
+    noise = [torch.rand(1, 3, *SIZE) for _ in range(CALIBRATION)]
+    eight = models["fused"].to_openvino(
+        folder / "int8",
+        input_size=SIZE,
+        compression_type=CompressionType.INT8_PTQ,
+        datamodule=_photos(noise, folder / "noise"),
+    )
+    quantized = {
+        BACKBONE: quantize_encoder(core.read_model(alone), [photo.numpy() for photo in noise]),
+        "fused": core.read_model(eight),
+    }
+    return exact, single, quantized
+
+
+def _photos(noise: Sequence[torch.Tensor], folder: Path) -> Folder:
+    """The photos as a datamodule."""
+    folder.mkdir()
+    for number, photo in enumerate(noise):
+        save_image(photo, folder / f"{number}.png")
+    return Folder("noise", normal_dir=folder, train_batch_size=1, num_workers=0, val_split_mode="none")
+
+
+def _export(module: nn.Module, folder: Path) -> Path:
+    program = torch.onnx.export(module, (torch.rand(1, 3, *SIZE),), dynamo=True, verbose=False)
+    assert program is not None
+    program.save(folder / "backbone.onnx")
+    return folder / "backbone.onnx"
