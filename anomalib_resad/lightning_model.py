@@ -261,7 +261,7 @@ class ResAD(AnomalibModule):
     def load_from_checkpoint(cls, checkpoint_path: Path | str, **kwargs: Any) -> "ResAD":  # type: ignore[override]  # noqa: ANN401
         """Restore a checkpoint, also one of an earlier version; errors as of :func:`load_checkpoint`."""
         upgraded = load_checkpoint(checkpoint_path)["hyper_parameters"]
-        given: dict[str, Any] = {name: upgraded[name] for name in SETTINGS} | kwargs
+        given: dict[str, Any] = {name: upgraded[name] for name in ("variant", *SETTINGS)} | kwargs
         return cast("ResAD", super().load_from_checkpoint(checkpoint_path, **given))
 
     # -- anomalib's exports -------------------------------------------------------------------------------------------

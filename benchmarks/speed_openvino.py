@@ -10,14 +10,11 @@ from tempfile import TemporaryDirectory
 
 import openvino as ov
 import torch
-from anomalib.data import Folder
-from anomalib.deploy import CompressionType
 from anomalib.models import Patchcore
 from torch import nn
-from torchvision.utils import save_image
 
 from anomalib_resad import ResAD
-from anomalib_resad.export.openvino_float32 import quantize_encoder
+from anomalib_resad.export.openvino_float32 import quantize_backbone, quantize_encoder
 from benchmarks.speed_models import BACKBONE, Actions, Row, in_turn
 
 SIZE = (224, 224)
@@ -69,34 +66,19 @@ def export_all(
     Of Patchcore, an export for any batch size would only take the size of the example.
     """
     core = ov.Core()
-    alone = _export(models["fused"].model.encoder.backbone, folder)
-    exact = {BACKBONE: core.read_model(alone)}
+    exact = {BACKBONE: core.read_model(_export(models["fused"].model.encoder.backbone, folder))}
     for name, model in models.items():
         exact[name] = core.read_model(model.to_openvino(folder / name, input_size=SIZE))
     single: Exports = {}
     for name, rival in rivals.items():
         path = rival.to_openvino(folder / name, input_size=SIZE, onnx_kwargs={"dynamic_shapes": None})
         single[name] = core.read_model(path)
-    noise = [torch.rand(1, 3, *SIZE) for _ in range(CALIBRATION)]
-    eight = models["fused"].to_openvino(
-        folder / "int8",
-        input_size=SIZE,
-        compression_type=CompressionType.INT8_PTQ,
-        datamodule=_photos(noise, folder / "noise"),
-    )
+    noise = [torch.rand(1, 3, *SIZE).numpy() for _ in range(CALIBRATION)]
     quantized = {
-        BACKBONE: quantize_encoder(core.read_model(alone), [photo.numpy() for photo in noise]),
-        "fused": core.read_model(eight),
+        BACKBONE: quantize_encoder(exact[BACKBONE], noise),
+        "fused": quantize_backbone(exact["fused"], noise),  # as INT8_PTQ does it, without one more export
     }
     return exact, single, quantized
-
-
-def _photos(noise: Sequence[torch.Tensor], folder: Path) -> Folder:
-    """The photos as a datamodule."""
-    folder.mkdir()
-    for number, photo in enumerate(noise):
-        save_image(photo, folder / f"{number}.png")
-    return Folder("noise", normal_dir=folder, train_batch_size=1, num_workers=0, val_split_mode="none")
 
 
 def _export(module: nn.Module, folder: Path) -> Path:

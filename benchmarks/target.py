@@ -8,7 +8,7 @@ from anomalib.data import AnomalibDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_resad.enrollment.draws import draw_references, seeded
-from anomalib_resad.enrollment.photos import check_photos, content_hash
+from anomalib_resad.enrollment.photos import check_photos
 from benchmarks.cells import CLEAN, Cell
 from benchmarks.perturbations import BAD_REFERENCE, perturbation
 
@@ -35,9 +35,7 @@ def target_data(template: AnomalibDataModule, cell: Cell) -> AnomalibDataModule:
     chosen = draw_references(good, cell.shots, cell.draw, f"the train split of {cell.category}")
     check_photos(chosen, "reference photos", decode=True)
     positions = {path: index for index, path in enumerate(samples.image_path)}
-    # Ordered by content, as ResAD enrolls them: no method's figures depend on what photos are called.
-    ordered = sorted(chosen, key=lambda path: (content_hash(path), path))
-    data.train_data = data.train_data.subsample([positions[path] for path in ordered])
+    data.train_data = data.train_data.subsample([positions[path] for path in chosen])
     if cell.condition == BAD_REFERENCE:
         _swap_in_defective(data, cell)
     data.train_batch_size = len(chosen)

@@ -1,18 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The measuring instrument: figures against other libraries, the same photos for all, a killed run that goes on."""
+"""The measuring instrument: figures against other libraries, the same photos for all."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
-import pandas as pd
 import pytest
 import timm
 import torch
@@ -24,16 +18,12 @@ from torchvision import tv_tensors
 
 from anomalib_resad import ProductFolder
 from benchmarks.cells import Cell, append_cell, read_cells
-from benchmarks.leaderboard import main
 from benchmarks.measure import PeakMemory, latency, quality, ranking_quality
 from benchmarks.methods import Backbone, Method, build, reason
 from benchmarks.perturbations import perturbation
+from benchmarks.products import make_product
 from benchmarks.settings import keep_settings
 from benchmarks.target import target_data
-
-ROOT = Path(__file__).resolve().parents[1]
-TIMES = ["latency_ms", "backbone_ms", "fit_seconds", "peak_bytes", "seconds"]
-
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
@@ -142,6 +132,13 @@ def test_other_settings_are_refused_and_more_cells_are_not(tmp_path: Path) -> No
         keep_settings(tmp_path, settings | {"methods": {"a": {"class_path": "z"}}}, None)
 
 
+def test_settings_that_cannot_be_written_leave_no_part_behind(tmp_path: Path) -> None:
+    (tmp_path / "settings.json").mkdir()
+    with pytest.raises(OSError, match=r"settings\.json"):
+        keep_settings(tmp_path, {"methods": {}, "pre_trained": False}, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
 # -- methods and photos -----------------------------------------------------------------------------------------------
 
 
@@ -199,6 +196,13 @@ def test_every_method_gets_the_drawn_photos_and_nothing_else(products: Path) -> 
         target_data(template, Cell("a", "tiles", "tiles", 99, 0))
 
 
+def test_an_unusable_photo_is_no_reference_of_any_method(tmp_path: Path) -> None:
+    photo = make_product(tmp_path, "tiles", train=2, good=1, defective=1, size=64) / "train" / "good" / "001.png"
+    photo.write_bytes(photo.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"1 of the reference photos cannot be used.*001\.png"):
+        target_data(ProductFolder(tmp_path, "tiles", num_workers=0), Cell("Patchcore", "tiles", "tiles", 2, 0))
+
+
 def test_a_bad_reference_is_a_defective_photo_that_leaves_the_test(products: Path) -> None:
     template = ProductFolder(products, "tiles", num_workers=0)
     clean = target_data(template, Cell("a", "tiles", "tiles", 3, 0))
@@ -228,82 +232,16 @@ def test_conditions_change_the_photo_and_not_its_frame(condition: str, level: fl
     assert kept.shape == mask.shape
 
 
-def test_rotation_turns_the_mask_with_the_photo() -> None:
+def test_rotation_rotates_the_mask_with_the_photo() -> None:
     mask = tv_tensors.Mask(torch.zeros(80, 80, dtype=torch.uint8))
     mask[10:20, 55:70] = 1
     image = tv_tensors.Image(mask.float().expand(3, 80, 80).clone())
-    turned, turned_mask = perturbation("rotation", 10)(image, mask)
-    assert set(turned_mask.unique().tolist()) == {0, 1}
-    assert ((turned[0] > 0.5) != (turned_mask > 0)).float().mean() < 0.01
-    assert not torch.equal(turned_mask, mask)
+    rotated, rotated_mask = perturbation("rotation", 10)(image, mask)
+    assert set(rotated_mask.unique().tolist()) == {0, 1}
+    assert ((rotated[0] > 0.5) != (rotated_mask > 0)).float().mean() < 0.01
+    assert not torch.equal(rotated_mask, mask)
 
 
 def test_unknown_conditions_are_refused() -> None:
     with pytest.raises(ValueError, match="'fog' is not known"):
         perturbation("fog", 1)
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
-
-
-METHODS = {
-    "ResAD": {
-        "class_path": "anomalib_resad.ResAD",
-        "source_epochs": 1,
-    },
-    "distance": {"class_path": "anomalib_resad.ResAD", "init_args": {"estimator": "distance"}},
-    "Patchcore": {"class_path": "anomalib.models.Patchcore"},
-    "PaDiM": {"class_path": "anomalib.models.Padim"},
-    "broken": {"class_path": "anomalib.models.Patchcore", "init_args": {"layers": ["no_such_layer"]}},
-}
-
-
-def command(products: Path, weights: Path, output: Path) -> list[str]:
-    target = ["--target", "anomalib_resad.ProductFolder", "--target.root", str(products)]
-    target += ["--target.category", "grain, pill, tiles", "--target.num_workers", "0"]
-    model = ["--backbone", "resnet18", "--weights", str(weights), "--image_size", "[64,64]"]
-    cells = ["--shots", "[1,2]", "--draws", "1", "--gallery_shots", "2", "--conditions", '{"noise": [0.1]}']
-    methods = ["--methods", json.dumps(METHODS), "--source_batch_size", "4", "--categories", "[pill, tiles]"]
-    return [sys.executable, "-m", "benchmarks.leaderboard", *target, *model, *cells, *methods, "--output", str(output)]
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore[call-overload]
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_table(products: Path, weights: Path, tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start(command(products, weights, whole))
-    victim = start(command(products, weights, killed))
-    cells = killed / "cells.jsonl"
-    deadline = time.monotonic() + 240
-    while len(read_cells(cells)) < 7 and victim.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    before = len(cells.read_text().splitlines())
-    assert 7 <= before < 30
-    survivor = start(command(products, weights, killed))
-    output = [process.communicate(timeout=400)[0] for process in (reference, survivor)]
-    assert [reference.returncode, survivor.returncode] == [0, 0], output[1][-3000:]
-    assert "no_such_layer" in output[0] or "broken" in output[0]
-    tables = [pd.read_csv(folder / "results.csv").drop(columns=TIMES) for folder in (whole, killed)]
-    keys = ["method", "category", "shots", "draw", "condition"]
-    tables = [table.sort_values(keys, ignore_index=True) for table in tables]
-    assert len(tables[0]) == 2 * 3 * 5
-    pd.testing.assert_frame_equal(tables[0], tables[1])
-    ok = tables[0][tables[0].status == "ok"]
-    assert set(ok.method) == {"ResAD", "distance", "Patchcore", "PaDiM"}
-    assert np.isfinite(ok[["image_AUROC", "pixel_AUROC", "AUPRO"]]).all(axis=None)
-    assert ok.groupby(["category", "shots", "condition"]).references.nunique().eq(1).all()
-    assert len(list((killed / "sources").glob("*.ckpt"))) == 2
-    for name in ("leaderboard.html", "leaderboard.md", "summary.csv", "gallery.png"):
-        assert (killed / name).stat().st_size > 500
-
-
-def test_a_target_among_the_sources_is_refused(products: Path, weights: Path, tmp_path: Path) -> None:
-    source = [ProductFolder(products, "grain, tiles")]
-    with pytest.raises(ValueError, match="must never be trained on"):
-        main(ProductFolder(products, "pill, tiles"), {}, tmp_path, source, backbone="resnet18", weights=weights)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_resad.enrollment.draws import draw_references
+from anomalib_resad.enrollment.draws import draw_references, key_of
 from anomalib_resad.enrollment.photos import (
     PhotoError,
     Reference,
@@ -62,6 +62,11 @@ def test_draw_is_seeded_sorted_and_without_replacement(tmp_path: Path) -> None:
     assert len(set(drawn)) == 4
     assert draw_references(photos[::-1], 4, 0, "here") == drawn, "the order of the listing does not matter"
     assert {frozenset(draw_references(photos, 4, seed, "here")) for seed in range(5)} != {frozenset(drawn)}
+
+
+def test_draws_do_not_depend_on_where_the_products_lie() -> None:
+    assert key_of("/a/b/pill/train/good/0.png") == key_of("c/pill/train/good/0.png") == "pill/train/good/0.png"
+    assert key_of("/a/pill/test/good/0.png") != key_of("/a/pill/train/good/0.png")
 
 
 def test_what_is_read_is_ordered_by_content_and_identical_photos_count_once(tmp_path: Path) -> None:

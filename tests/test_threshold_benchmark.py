@@ -3,6 +3,7 @@
 """The benchmark of thresholds: its arithmetic, and a whole run on tiny products that goes on and refuses a mixture."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 from sklearn.metrics import f1_score as sklearn_f1
 
 from anomalib_resad import ResAD
-from anomalib_resad.calibration import product_threshold
+from anomalib_resad.enrollment.calibration import product_threshold
 from benchmarks.methods import Method
 from benchmarks.threshold import best_possible, best_threshold, f1_score, image_figures, labeled_half, main
 from tests.conftest import product
@@ -46,7 +47,15 @@ def test_no_threshold_beats_the_best_and_anomalib_finds_it_too(judged: tuple[tor
     assert f1_score(labeled_half(scores, labels, 0), labels) <= best, "half of the labels cannot do better than all"
 
 
-def test_a_whole_run(products: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_whole_run(
+    products: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("benchmarks.threshold.quiet_lightning", lambda: None)  # for good, and so for other tests
+    caplog.set_level(logging.ERROR, "anomalib_resad")  # as the benchmark does it, but undone at the end
     for category in ("grain", "pill", "tiles"):
         (tmp_path / "sources").mkdir(exist_ok=True)
         shutil.copy(trained, tmp_path / "sources" / f"ResAD_without_{category}_12345678.ckpt")
@@ -91,13 +100,13 @@ def test_configs_name_what_there_is() -> None:
 
 def test_each_row_of_the_ablation_is_another_model() -> None:
     methods = yaml.safe_load((CONFIGS / "ablation.yaml").read_text())["methods"]
-    small = {"coupling_layers": 2, "layers": ["layer1"], "backbone": "resnet18", "pre_trained": False}
+    small = {"layers": ["layer1"], "backbone": "resnet18", "pre_trained": False}
     made = []
     for name, spec in methods.items():
         method = Method(**spec)
         assert bool(method.source_epochs) == (name != "its distance"), name
         settings = method.init_args | small
-        if "coupling" in name:
-            settings["coupling_layers"] = method.init_args["coupling_layers"]
+        if "coupling_layers" in settings and "coupling" not in name:
+            settings["coupling_layers"] = 1
         made.append({key: str(value) for key, value in ResAD(**settings).hparams.items() if key != "variant"})
     assert all(made[index] not in made[:index] for index in range(len(made)))

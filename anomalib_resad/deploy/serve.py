@@ -24,6 +24,7 @@ CHOICES: list[tuple[str, Rotations]] = [
     ("any way round", ORIENTATIONS),
     ("always as in the photos", 1),
 ]
+SEVERAL: dict[str, Any] = {"file_count": "multiple", "file_types": sorted(EXTENSIONS), "type": "filepath"}
 EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
 
 
@@ -144,13 +145,7 @@ def build(inferencer: ResADInferencer) -> gr.Blocks:
         with gr.Tab("Products"), gr.Row():
             with gr.Column():
                 name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
-                files = gr.File(
-                    label="Good photos",
-                    file_count="multiple",
-                    file_types=sorted(EXTENSIONS),
-                    type="filepath",
-                    elem_id="files",
-                )
+                files = gr.File(label="Good photos", elem_id="files", **SEVERAL)
                 rotations = gr.Radio(
                     CHOICES,
                     value=usual if usual in dict(CHOICES).values() else None,

@@ -4,6 +4,7 @@
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +12,14 @@ import numpy as np
 def seeded(*keys: int | str) -> np.random.Generator:
     """A generator that depends on its keys alone (not on order, process or Python's hash seed)."""
     return np.random.default_rng([zlib.crc32(str(key).encode()) for key in keys])
+
+
+def key_of(path: str) -> str:
+    """What a draw about a photo depends on: its file and the three folders above it, ``pill/train/good/000.png``.
+
+    Not on the folder that holds the products: a training is the same wherever they lie.
+    """
+    return "/".join(Path(path).parts[-4:])
 
 
 def draw(paths: Sequence[str], count: int, generator: np.random.Generator) -> list[str]:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 from torchvision.tv_tensors import Mask
 
-from anomalib_resad.enrollment.draws import draw, seeded
+from anomalib_resad.enrollment.draws import draw, key_of, seeded
 from anomalib_resad.enrollment.photos import read_references
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, rows_of
@@ -155,7 +155,8 @@ class SourceReferences:
         blank = torch.zeros(*self._size, device=levels[0].device)
         masks = [blank if picture.mask is None else picture.mask.to(blank) for _, picture in pictures]
         assert self._pools is not None
-        references = [self._rows(self._pools.draw(path, self.k_shot, self.seed, epoch, path)) for path, _ in pictures]
+        draws = [self._pools.draw(path, self.k_shot, self.seed, epoch, key_of(path)) for path, _ in pictures]
+        references = [self._rows(drawn) for drawn in draws]
         return features, references, torch.stack(masks)
 
     @staticmethod

@@ -10,7 +10,7 @@ from anomalib.data.utils.generators import PerlinAnomalyGenerator
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from anomalib_resad.enrollment.draws import seeded
+from anomalib_resad.enrollment.draws import key_of, seeded
 
 # Share of the photos that get a defect where no training photo has a real one.
 SHARE_WITHOUT_REAL = 0.5
@@ -29,7 +29,7 @@ def check_share(share: float) -> None:
 
 def is_painted(seed: int, epoch: int, path: str, share: float) -> bool:
     """Whether a good photo shows a synthetic defect in an epoch, for that share of the photos."""
-    return share > 0 and bool(seeded(seed, epoch, path, "defect").random() < share)
+    return share > 0 and bool(seeded(seed, epoch, key_of(path), "defect").random() < share)
 
 
 def paint_photo(photo: Tensor, path: str, seed: int) -> tuple[Tensor, Tensor]:
@@ -44,7 +44,7 @@ def paint_photo(photo: Tensor, path: str, seed: int) -> tuple[Tensor, Tensor]:
         tuple[Tensor, Tensor]: As of :func:`paint`.
     """
     with isolate_rng(include_cuda=False):
-        derived = int(seeded(seed, path).integers(2**31))
+        derived = int(seeded(seed, key_of(path)).integers(2**31))
         random.seed(derived)  # the generator draws from all three
         np.random.seed(derived)  # noqa: NPY002
         torch.manual_seed(derived)
