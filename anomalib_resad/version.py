@@ -2,4 +2,4 @@
 
 """The version, in a module that can be read without importing the package."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

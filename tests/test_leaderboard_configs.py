@@ -17,6 +17,7 @@ from anomalib.data.datasets.image.visa import CATEGORIES as VISA
 
 from anomalib_resad import CrossCategory
 from anomalib_resad.data.cross_category import category_name, split_categories
+from anomalib_resad.method.presets import resolve
 from benchmarks.adapters import MVTec3DColor, ShanghaiTechFrames
 from benchmarks.cells import read_cells
 from benchmarks.measure import QUALITY
@@ -143,6 +144,16 @@ def test_config_names_everything_and_keeps_source_and_target_apart(name: str) ->
     assert config["baseline"] in config["methods"]
     for method in (Method(**spec) for spec in config["methods"].values()):
         assert all(method.takes(argument) for argument in method.init_args), method
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_configs_give_a_method_nothing_that_it_does_not_have(name: str) -> None:
+    """Any leaderboard's; ResAD refuses such arguments, which would only show in its failed cells."""
+    for spec in load(name).get("methods", {}).values():
+        given = spec.get("init_args", {})
+        if spec["class_path"] == "anomalib_resad.ResAD":
+            settings = resolve(given.get("variant", "fused"), given)
+            assert all(settings[argument] == given[argument] for argument in given.keys() & settings.keys())
 
 
 def test_depth_data_set_as_images(photos: Photos, tmp_path: Path) -> None:

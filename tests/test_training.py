@@ -75,11 +75,12 @@ def test_flow_steps_see_every_patch_once(images: torch.Tensor) -> None:
 def test_feature_cache_is_bounded_and_keeps_what_it_has() -> None:
     cache = FeatureCache(max_bytes=100)
     for name in ("a", "b", "c"):
-        picture = Picture(Features([torch.full((10,), float(ord(name)))]))  # 40 bytes each: none for the third
+        # 41 bytes each: there is no room for the third
+        picture = Picture(Features([torch.full((10,), float(ord(name)))]), torch.zeros(1, dtype=torch.bool))
         assert cache.put(name, picture) == (name != "c")
-    assert cache.put("a", Picture(Features([torch.zeros(10)])))
+    assert cache.put("a", Picture(Features([torch.zeros(10)]), picture.mask))
     assert not cache.put("a", picture, painted=True)
-    assert (len(cache), cache.bytes) == (2, 80)
+    assert (len(cache), cache.bytes) == (2, 82)
     kept = cache.get("a")
     assert kept is not None
     assert kept.features.values[0][0] == ord("a")

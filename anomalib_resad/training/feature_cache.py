@@ -15,17 +15,16 @@ class Picture(NamedTuple):
 
     Attributes:
         features (Features): Its features, a batch of one.
-        mask (Tensor | None): Where it is defective, shape ``(H, W)``; ``None`` for good ones.
+        mask (Tensor): Where it is defective, bool, shape ``(H, W)``.
     """
 
     features: Features
-    mask: Tensor | None = None
+    mask: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors."""
-        mask = 0 if self.mask is None else self.mask.nbytes
-        return mask + sum(level.nbytes for level in as_list(self.features))
+        return self.mask.nbytes + sum(level.nbytes for level in as_list(self.features))
 
 
 class FeatureCache:

@@ -22,7 +22,7 @@ from anomalib_resad.enrollment.draws import draw, key_of, seeded
 from anomalib_resad.enrollment.photos import read_references
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, rows_of
-from anomalib_resad.reference_rows import LARGE_ENOUGH, encode_photo, pre_process, read_photo, reference_rows
+from anomalib_resad.reference_rows import encode_photo, pre_process, read_photo, reference_rows
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.feature_cache import FeatureCache, Picture
 from anomalib_resad.training.reference_pools import ReferencePools
@@ -87,7 +87,6 @@ class SourceReferences:
         self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given)
         self._photos.kept = set()
         self._model, self._pre_processor = model, pre_processor
-        self._size = pre_process(pre_processor, torch.zeros(1, 3, *LARGE_ENOUGH)).shape[-2:]
         held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
         self._pools = ReferencePools(self._photos.dataset, *held_out)
         has_real = bool((self._photos.dataset.samples.label_index == LabelName.ABNORMAL).any())
@@ -152,12 +151,11 @@ class SourceReferences:
         pictures = self._pictures(self._photos_of(batch), epoch)
         levels = [torch.cat(level) for level in zip(*(as_list(each.features) for _, each in pictures), strict=True)]
         features = from_list(levels, self._model.bank.keyed)
-        blank = torch.zeros(*self._size, device=levels[0].device)
-        masks = [blank if picture.mask is None else picture.mask.to(blank) for _, picture in pictures]
+        mask = torch.stack([picture.mask.to(levels[0]) for _, picture in pictures])
         assert self._pools is not None
         draws = [self._pools.draw(path, self.k_shot, self.seed, epoch, key_of(path)) for path, _ in pictures]
         references = [self._rows(drawn) for drawn in draws]
-        return features, references, torch.stack(masks)
+        return features, references, mask
 
     @staticmethod
     def _photos_of(batch: SourceBatch | ImageBatch) -> list[SourcePhoto]:
@@ -180,7 +178,7 @@ class SourceReferences:
             found[index] = picture
         return [(photo.path, picture) for photo, picture in zip(photos, found, strict=True) if picture is not None]
 
-    def _prepared(self, photo: SourcePhoto, painted: bool) -> tuple[Tensor, Tensor | None]:
+    def _prepared(self, photo: SourcePhoto, painted: bool) -> tuple[Tensor, Tensor]:
         """A photo, or its painted version, as the backbone takes it, ``(1, 3, H, W)``, and its mask ``(H, W)``."""
         if photo.image is None:
             photo = self._photos.read(photo.path)
@@ -193,11 +191,11 @@ class SourceReferences:
             return pre_process(self._pre_processor, image[None]), mask
         images = pre_process(self._pre_processor, photo.image[None])
         if photo.mask is None:
-            return images, None
-        return images, pre_process(self._pre_processor, Mask(photo.mask[None])).squeeze(0)
+            return images, torch.zeros(images.shape[-2:], dtype=torch.bool)
+        return images, pre_process(self._pre_processor, Mask(photo.mask[None])).squeeze(0) > 0
 
     @torch.no_grad()
-    def _encode(self, prepared: Sequence[tuple[Tensor, Tensor | None]]) -> list[Picture]:
+    def _encode(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> list[Picture]:
         """Features of prepared photos."""
         if not prepared:
             return []
