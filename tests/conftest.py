@@ -2,12 +2,11 @@
 
 """Fixtures: tiny drawn products, a tiny trained model, and no network."""
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,7 @@ from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, read_manifest
 from anomalib_resad.export.edge_bundle import export_bundle
 from benchmarks.products import make_product
 
-# Two workers share two cores: with more threads each, they would wait for each other at every convolution.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses, too
+torch.set_num_threads(1)  # as OMP_NUM_THREADS in tests/__init__.py, of PyTorch's own pool
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY: dict[str, Any] = {
@@ -68,6 +65,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it read the variable when it was imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_telemetry() -> Iterator[None]:
+    """OpenVINO's exporter tries to report each use, from a thread that waits for the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("openvino_telemetry.Telemetry.send_event", lambda *_, **__: None)
+        yield
 
 
 @pytest.fixture(scope="session")

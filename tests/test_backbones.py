@@ -145,8 +145,8 @@ class TestDINOv3(TestViT):
 
 
 class TestCLIP(TestViT):
-    backbone = "vit_base_patch32_clip_224.openai"
-    image_size = (96, 128)
+    backbone = "vit_xsmall_patch16_clip_224.tinyclip_yfcc15m"
+    layers = ("blocks.1", "blocks.4", "blocks.7", "blocks.9")
     mean = 0.481
 
 

@@ -55,8 +55,9 @@ def test_of_few_images_one_is_held_out(products: Path, tmp_path: Path, caplog: p
 
 
 def test_photos_in_subfolders_count_and_brackets_find_their_masks(tmp_path: Path) -> None:
-    for name in ("train/good/a.png", "train/good/lot2/b.png", "test/good/c.png", "test/dent/[1].png", "test/dent/1.png",
-                 "ground_truth/dent/[1].png"):  # fmt: skip
+    photos = ("train/good/a", "train/good/lot2/b", "test/good/c", "test/dent/[1]", "test/dent/1", "test/dent/0")
+    masks_of = ("test/dent/0.b", "ground_truth/dent/[1]", "ground_truth/dent/0.b")
+    for name in (f"{each}.png" for each in (*photos, *masks_of)):
         path = tmp_path / "part" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20)).save(path)
@@ -64,7 +65,8 @@ def test_photos_in_subfolders_count_and_brackets_find_their_masks(tmp_path: Path
     data.setup()
     assert len(data.train_data) == 2
     masks = {Path(row.image_path).name: row.mask_path for row in data.test_data.samples.itertuples()}
-    assert masks == {"c.png": "", "[1].png": str(tmp_path / "part/ground_truth/dent/[1].png"), "1.png": ""}
+    own = {name: str(tmp_path / "part" / "ground_truth" / "dent" / name) for name in ("[1].png", "0.b.png")}
+    assert masks == {"c.png": "", "1.png": "", "0.png": ""} | own, "a photo never takes another photo's mask"
 
 
 def test_one_batch_mixes_data_sets(products: Path) -> None:

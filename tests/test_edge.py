@@ -203,6 +203,17 @@ def test_broken_banks_are_refused(inferencer: ResADInferencer, good: list[Path])
     assert 0 < inferencer.predict(good[0], "tiles").score < 1, "the file is read again when it has changed"
 
 
+def test_a_bank_that_another_process_wrote_is_noticed(
+    bundle: Path, inferencer: ResADInferencer, good: list[Path], new: list[Path]
+) -> None:
+    inferencer.enroll("tiles", good[:2])
+    before = inferencer.predict(new[0], "tiles").score
+    other = ResADInferencer(bundle, banks=inferencer.banks)
+    other.enroll("tiles", good[2:5], replace_existing=True)
+    after = inferencer.predict(new[0], "tiles").score
+    assert after == other.predict(new[0], "tiles").score != before
+
+
 def test_broken_bundles_are_refused(bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "bundle"
     shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("banks"))

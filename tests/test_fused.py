@@ -133,6 +133,15 @@ def test_self_similarity_distance_leaves_out_the_surroundings(size: tuple[int, i
         torch.testing.assert_close(distances[row, column], torch.stack(elsewhere).min())
 
 
+def test_what_is_next_to_a_patch_is_not_elsewhere() -> None:
+    """Up to a 14th of the shorter side, 2 of 28, in any direction; further away it is."""
+    torch.manual_seed(0)
+    for row, column, counts in ((12, 12, False), (10, 12, False), (12, 14, True), (14, 10, True)):
+        keys = nn.functional.normalize(torch.randn(1, 64, 28, 30), dim=1)
+        keys[0, :, row, column] = keys[0, :, 10, 10]
+        assert (self_similarity_distance(keys)[0, 10, 10] < 1e-5) == counts, (row, column)
+
+
 def test_a_photo_without_elsewhere_is_as_far_as_can_be() -> None:
     keys = nn.functional.normalize(torch.randn(2, 3, 1, 1), dim=1)
     assert self_similarity_distance(keys).tolist() == [[[4.0]], [[4.0]]]

@@ -12,9 +12,18 @@ from pandas import DataFrame
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
-from anomalib_resad.enrollment.photos import EXTENSIONS, check_photos, is_photo_file, list_photos, read_pixels
+from anomalib_resad.enrollment.photos import (
+    EXTENSIONS,
+    check_photos,
+    is_hidden,
+    is_photo_file,
+    list_photos,
+    read_pixels,
+)
 
 LAYOUT = "<category>/train/good, <category>/test/good, <category>/test/<defect>, <category>/ground_truth/<defect>"
+
+GOOD = {"good", "ok", "normal"}  # names of folders of good photos, in any case
 
 
 class SamplesDataset(AnomalibDataset):
@@ -56,7 +65,12 @@ class SamplesDataset(AnomalibDataset):
 
 def _photos_in(folder: Path) -> list[Path]:
     """The photos of a folder and of the folders in it; none of a folder that holds none."""
-    return list_photos(folder) if any(is_photo_file(path) for path in folder.rglob("*")) else []
+    photos = (path for path in folder.rglob("*") if is_photo_file(path) and not is_hidden(path.relative_to(folder)))
+    return list_photos(folder) if any(photos) else []
+
+
+def _is_good(folder: Path) -> bool:
+    return folder.name.lower() in GOOD
 
 
 def _mask_of(image: Path, defect: Path, root: Path) -> str:
@@ -87,12 +101,13 @@ def product_samples(root: Path) -> DataFrame:
         {
             "image_path": str(image),
             "label": folder.name,
-            "label_index": LabelName.NORMAL if folder.name == "good" else LabelName.ABNORMAL,
-            "mask_path": "" if folder.name == "good" else _mask_of(image, folder, root),
+            "label_index": LabelName.NORMAL if _is_good(folder) else LabelName.ABNORMAL,
+            "mask_path": "" if _is_good(folder) else _mask_of(image, folder, root),
             "split": split.value,
         }
         for split in (Split.TRAIN, Split.TEST)
         for folder in sorted((root / split.value).glob("*/"))
+        if not is_hidden(Path(folder.name))
         for image in _photos_in(folder)
     ]
     samples = DataFrame(rows, columns=["image_path", "label", "label_index", "mask_path", "split"])

@@ -3,12 +3,16 @@
 """Photos: which files are taken, which can be used, how they are read, and which are the same photo.
 
 One rule for training, evaluation and the edge: 8 bits a channel, converted to RGB by Pillow (gray is repeated, alpha is
-dropped), pixels as they are stored (an EXIF orientation is not applied, as in anomalib's data sets).
+dropped), pixels as they are stored (an EXIF orientation is not applied, as in anomalib's data sets). Only the formats
+of :data:`FORMATS` are decoded, whatever a file is called.
 """
 
 import hashlib
 import io
+import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +26,14 @@ SMALLEST_SIDE = 8
 # Decoded, such a photo takes 150 MB, and four times as much while it is resized.
 MOST_PIXELS = 50_000_000
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+HEAD = 512  # bytes of a file that tell how deep its pixels are
+# Folders of operating systems and storage devices, beside those whose names begin with a dot.
+SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}
 UNREADABLE = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+logger = logging.getLogger(__name__)
 
 Photo: TypeAlias = "str | Path | np.ndarray | Image.Image"
 
@@ -53,8 +63,15 @@ def is_photo_file(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and path.is_file()
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file, or a folder that it is in, is none of the user's photos; the path is relative to their folder."""
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
+
+
 def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The photos of a folder and of the folders in it, sorted by name; a list of files is taken as it is.
+
+    Hidden files and folders are left out, and files of other formats; one line of the log counts them.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -68,7 +85,17 @@ def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
     if not folder.is_dir():
         msg = f"{folder} is neither a photo nor a folder of photos."
         raise FileNotFoundError(msg)
-    found = sorted(path for path in folder.rglob("*") if is_photo_file(path))
+    found, left_out = [], Counter[str]()
+    for path in sorted(folder.rglob("*")):
+        if is_hidden(path.relative_to(folder)):
+            left_out["hidden"] += is_photo_file(path)
+        elif is_photo_file(path):
+            found.append(path)
+        elif path.is_file():
+            left_out[path.suffix.lower() or "without an extension"] += 1
+    if left_out.total():
+        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
+        logger.warning("%s: files that are no photos were left out: %s.", folder, counts)
     if not found:
         msg = f"{folder} holds no photo. Put photos of one product there ({', '.join(sorted(EXTENSIONS))})."
         raise PhotoError(msg)
@@ -90,17 +117,18 @@ def by_content(references: Iterable[Reference]) -> tuple[Reference, ...]:
 def photo_problem(path: Path | str, decode: bool = False) -> str | None:
     """Say what makes a photo unusable, or ``None``.
 
-    Grayscale, palette and alpha images are fine: they are converted to RGB, as anomalib does. 16-bit and float images
-    are not: that conversion clips them to white.
+    Grayscale, palette and alpha images are fine: they are converted to RGB, as anomalib does. Deeper images are not:
+    that conversion clips them to white, or takes their high bytes alone. Nor are several pages or frames in one file.
 
     Args:
         path (Path | str): The file.
         decode (bool): Also decode the pixels, which finds truncated files; the header alone is much cheaper.
     """
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
             warnings.simplefilter("ignore")
-            problem = _header_problem(image)
+            file.seek(0)
+            problem = _header_problem(image, file.read(HEAD))
             if problem is None and decode:
                 image.load()
             return problem
@@ -110,14 +138,37 @@ def photo_problem(path: Path | str, decode: bool = False) -> str | None:
         return f"unreadable ({error})"
 
 
-def _header_problem(image: Image.Image) -> str | None:
-    if image.mode not in EIGHT_BIT_MODES:
-        return f"{image.mode} pixels (more than 8 bits a channel); convert it to 8 bits"
+def _header_problem(image: Image.Image, head: bytes = b"") -> str | None:
+    bits = bits_per_channel(image, head)
+    if image.mode not in EIGHT_BIT_MODES or bits > 8:
+        depth = f"{bits} bits" if bits > 8 else f"{image.mode} pixels"
+        same = "all photos of a product by the same factor"
+        return f"more than 8 bits a channel ({depth}); convert it to 8 bits, {same}"
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a JPEG with a preview: the first picture is the photo
+        return f"{frames} pages or frames; save the one to be used in a file of its own"
     if min(image.size) < SMALLEST_SIDE:
         return f"{image.width} x {image.height} pixels, the least is {SMALLEST_SIDE} x {SMALLEST_SIDE}"
     if image.width * image.height > MOST_PIXELS:
         return f"{image.width} x {image.height} pixels, the most is {MOST_PIXELS:,}; make it smaller"
     return None
+
+
+def bits_per_channel(image: Image.Image, head: bytes) -> int:
+    """Depth that a file states itself; Pillow decodes deep colors to their high bytes and calls the result RGB.
+
+    Args:
+        image (Image.Image): The opened file.
+        head (bytes): Its first :data:`HEAD` bytes; none for images that are no files.
+    """
+    if image.format == "PNG" and len(head) > 24:
+        return head[24]
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (1,)))  # type: ignore[attr-defined]  # BitsPerSample
+    if image.format == "PPM" and head[:2] in (b"P2", b"P3", b"P5", b"P6"):
+        _, _, _, largest = re.sub(rb"#[^\n]*", b"", head).split()[:4]
+        return int(largest).bit_length()
+    return 8
 
 
 def read_pixels(photo: Photo) -> np.ndarray:
@@ -159,8 +210,8 @@ def _pixels_of(photo: bytes | np.ndarray | Image.Image, name: str) -> np.ndarray
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(photo)) if isinstance(photo, bytes) else photo
-            problem = _header_problem(image)
+            image = Image.open(io.BytesIO(photo), formats=FORMATS) if isinstance(photo, bytes) else photo
+            problem = _header_problem(image, photo[:HEAD] if isinstance(photo, bytes) else b"")
             if problem is None:
                 return np.asarray(image.convert("RGB"))
     except UNREADABLE as error:

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Files that are not what they seem: deep pixels, other formats, pages, hidden files, folders of other names."""
+
+import logging
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalib_resad.enrollment.photos import PhotoError, list_photos, photo_problem, read_pixels
+from tests.conftest import product
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+
+
+def deep(folder: Path) -> dict[str, Path]:
+    wide = PIXELS.astype(">u2") * 16
+    files = {
+        "rgb12.ppm": b"P6\n# twelve bits\n32 24\n4095\n" + wide.tobytes(),
+        "gray12.pgm": b"P5 32 24 4095\n" + wide[..., 0].tobytes(),
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    for name in ("rgb16.png", "rgb16.tif"):
+        assert cv2.imwrite(str(folder / name), wide.astype(np.uint16))
+    Image.fromarray(wide[..., 0].astype(np.uint16)).save(folder / "gray16.png")
+    Image.fromarray(wide[..., 0].astype(np.uint16)).save(folder / "gray16.tif")
+    Image.fromarray(PIXELS[..., 0].astype(np.float32)).save(folder / "float.tif")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_deep_pixels_are_refused_by_what_the_file_says(tmp_path: Path) -> None:
+    """Never read as nearly black or white, whatever mode Pillow gives them."""
+    for name, path in deep(tmp_path).items():
+        assert "more than 8 bits a channel" in str(photo_problem(path)), name
+        with pytest.raises(PhotoError, match=f"{name}: more than 8 bits a channel .*by the same factor"):
+            read_pixels(path)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.ppm", "a.tif", "a.webp", "a.jfif"])
+def test_documented_formats_are_read(tmp_path: Path, name: str) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / name, "JPEG" if name == "a.jfif" else None)
+    assert photo_problem(tmp_path / name, decode=True) is None
+    assert read_pixels(tmp_path / name).shape == PIXELS.shape
+    assert list_photos(tmp_path) == [tmp_path / name]
+    Image.fromarray(PIXELS[..., 0] > 99).save(tmp_path / "bits.pbm")
+    assert read_pixels(tmp_path / "bits.pbm").max() == 255
+
+
+@pytest.mark.parametrize("kind", ["GIF", "EPS", "ICO", "TGA"])
+def test_other_formats_are_not_decoded_whatever_they_are_called(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("a program was started"))
+    Image.fromarray(PIXELS).save(tmp_path / "photo.png", kind)
+    assert "unreadable" in str(photo_problem(tmp_path / "photo.png", decode=True))
+    with pytest.raises(PhotoError, match="unreadable"):
+        read_pixels(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("name", ["pages.tif", "moving.png", "moving.webp"])
+def test_several_pages_are_refused(tmp_path: Path, name: str) -> None:
+    first = Image.fromarray(PIXELS)
+    first.save(tmp_path / name, save_all=True, append_images=[Image.fromarray(PIXELS[::-1])])
+    assert "2 pages or frames; save the one" in str(photo_problem(tmp_path / name))
+    with pytest.raises(PhotoError, match="2 pages or frames"):
+        read_pixels(tmp_path / name)
+
+
+def test_hidden_files_are_no_photos_and_nothing_is_left_out_silently(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", ".thumbnails/a.png", "@eaDir/a.png", "lot/.Trash-0/b.png", "lot/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / name)
+    (tmp_path / "._a.png").write_bytes(b"Mac OS X")
+    (tmp_path / "Thumbs.db").touch()
+    (tmp_path / "b.gif").touch()
+    with caplog.at_level(logging.WARNING):
+        assert list_photos(tmp_path) == [tmp_path / "a.png", tmp_path / "lot" / "c.png"]
+    assert "left out: 1 .db, 1 .gif, 4 hidden." in caplog.text
+
+
+def test_names_of_all_kinds(tmp_path: Path) -> None:
+    latin = b"caf\xe9.png".decode("utf8", "surrogateescape")
+    names = ["cam[0].png", "Prüfteil 1.png", "产品.png", "=1+1.png", "-x.png", "a.b.png", latin]
+    for name in names:
+        Image.fromarray(PIXELS).save(tmp_path / "plain.png")
+        (tmp_path / "plain.png").rename(tmp_path / name)
+    assert {path.name for path in list_photos(tmp_path)} == set(names)
+    assert all(np.array_equal(read_pixels(path), PIXELS) for path in list_photos(tmp_path))
+
+
+def test_folders_of_other_names(tmp_path: Path) -> None:
+    for name in ("train/Good/a.png", "test/OK/b.png", "test/normal/c.png", "test/hole/d.png", "test/.cache/e.png"):
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(PIXELS).save(tmp_path / "part" / name)
+    data = product(tmp_path, "part")
+    data.setup()
+    assert len(data.train_data) == 1
+    labels = {Path(row.image_path).name: row.label_index for row in data.test_data.samples.itertuples()}
+    assert labels == {"b.png": 0, "c.png": 0, "d.png": 1}
