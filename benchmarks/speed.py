@@ -108,7 +108,7 @@ def other_rows(backbone: str, repeats: int) -> list[Row]:
         return [level.numpy() for level in as_list(rows_of(model.encode(photo)))]
 
     actions: Actions = {BACKBONE: lambda: [model.encoder.backbone(photo[None]) for photo in photos]}
-    ways: tuple[tuple[Rotations, str], ...] = ((1, ""), (4, ", 4 ways round"), (ORIENTATIONS, ", 8 ways round"))
+    ways: tuple[tuple[Rotations, str], ...] = ((1, ""), (4, ", 4 orientations"), (ORIENTATIONS, ", 8 orientations"))
     for rotations, what in ways:
         actions[f"fused: enroll 4 photos{what}"] = partial(enrolled_rows, pixels, encode, True, rotations)
     rows = in_turn(actions, repeats, f"{backbone}, enrollment")

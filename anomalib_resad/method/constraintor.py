@@ -168,11 +168,16 @@ BLOCKS: dict[str, type[nn.Module]] = {
 def make_constraintors(
     kind: ConstraintorKind, channels: Sequence[int]
 ) -> tuple[MultiScaleFusion | None, nn.ModuleList]:
-    """Make what goes across the levels, if anything does, and what each level gets.
+    """Make the modules of one kind of constraintor.
 
     Args:
-        kind (ConstraintorKind): The kind; a plus sign joins the fusion of the levels and the block of each.
+        kind (ConstraintorKind): The kind. ``multi_scale_fusion+basic_block`` means that the levels are fused first, and
+            then each level has a basic block of its own.
         channels (Sequence[int]): Channels of each level.
+
+    Returns:
+        tuple[MultiScaleFusion | None, nn.ModuleList]: The fusion of all levels, ``None`` for kinds without one, and one
+            block for each level, which may be the identity.
     """
     fusion = MultiScaleFusion(channels) if kind.startswith("multi_scale_fusion") and channels else None
     block = BLOCKS[kind.removeprefix("multi_scale_fusion").removeprefix("+") or "none"]

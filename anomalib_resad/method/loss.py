@@ -70,7 +70,7 @@ def occ_radius(abnormal: Tensor, quantile: float = 0.05, floor: float = 0.1, cei
     """Outer radius of the shell for normal residuals: nine tenths of the small abnormal ones, ``r_max``.
 
     The published code takes the smallest abnormal residual of the batch (``quantile`` and ``floor`` 0), so that one
-    that is nearly zero, at the rim of a mask, say, squeezes all normal ones to a point (defect 8). A quantile outlives
+    that is nearly zero, at the rim of a mask, say, squeezes all normal ones to a point. A quantile outlives
     single ones, and the floor batches with so few abnormal positions that the quantile is the smallest again.
 
     Args:
