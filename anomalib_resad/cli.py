@@ -96,6 +96,12 @@ def enroll(
             others.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
+    if mode == "add" and (threshold, max_patches, rotations) != (None, None, None):
+        msg = (
+            f"--mode add keeps the product's threshold and rotations (given: threshold={threshold}, "
+            f"max_patches={max_patches}, rotations={rotations}). Leave them out, or use --mode replace with all photos."
+        )
+        raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
         if mode == "add":
             bank = inferencer.add(product, photos)

@@ -120,5 +120,5 @@ def test_the_extra_is_what_the_readme_says() -> None:
     root = Path(__file__).resolve().parents[1]
     (extra,) = re.findall(r"^edge = (.*)$", (root / "pyproject.toml").read_text(), re.MULTILINE)
     names = sorted(re.split(r"[>=]", each)[0] for each in json.loads(extra))
-    (line,) = re.findall(r"^pip install (\"jsonargparse.*)$", (root / "README.md").read_text(), re.MULTILINE)
+    (line,) = re.findall(r"^pip install (filelock .*)$", (root / "README.md").read_text(), re.MULTILINE)
     assert sorted(shlex.split(line)) == names

@@ -7,7 +7,8 @@ Nothing in this package imports PyTorch or anomalib; what makes bundles for it i
 
 from anomalib_resad.deploy.bank import Bank, BankError
 from anomalib_resad.deploy.bundle import BundleError, Manifest, read_manifest
-from anomalib_resad.deploy.inferencer import Prediction, ResADInferencer
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.enrollment.photos import PhotoError, Reference
 
 __all__ = [

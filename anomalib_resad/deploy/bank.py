@@ -12,10 +12,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.bundle import LARGEST, Manifest
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import Reference
-from anomalib_resad.enrollment.rotations import kept_rows
+from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
 
 FORMAT = "resad-bank-2"
 SUFFIX = ".safetensors"
@@ -59,8 +59,8 @@ class Bank:
         Raises:
             ValueError: If it is not a finite number.
         """
-        if threshold is not None and not np.isfinite(threshold):
-            msg = f"threshold={threshold} must be a finite number, on the scale of `raw_score`, or None."
+        if threshold is not None and not (isinstance(threshold, float | int) and abs(threshold) < LARGEST):
+            msg = f"threshold={threshold!r} must be a finite number, on the scale of `raw_score`, or None."
             raise ValueError(msg)
         return replace(self, threshold=None if threshold is None else float(threshold))
 
@@ -150,6 +150,15 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
             f"{_short(manifest.encoder)}), so its features mean nothing here. Use that bundle, or enroll again."
         )
         raise BankError(msg)
+    try:
+        bank.with_threshold(bank.threshold)
+        check_rotations(bank.rotations)
+    except ValueError as error:
+        msg = f"{where}: {error} Enroll again."
+        raise BankError(msg) from error
+    if bank.rotations == "auto" or (bank.max_patches is not None and not is_count(bank.max_patches)):
+        msg = f"{where}: rotations={bank.rotations!r}, max_patches={bank.max_patches!r} are no numbers. Enroll again."
+        raise BankError(msg)
     for number, level in enumerate(manifest.levels):
         rows = bank.arrays.get(f"rows_{number}")
         expected = len(bank.references) * kept_rows(level.patches, bank.rotations)
@@ -161,6 +170,11 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         if not np.isfinite(rows).all():
             msg = f"{where}: level {number} holds NaN or infinity. Check the photos and the bundle, and enroll again."
             raise BankError(msg)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and value > 0
 
 
 def _short(encoder: str) -> str:

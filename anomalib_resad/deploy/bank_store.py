@@ -4,12 +4,18 @@
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, read_bank
 from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.enrollment.files import PART
+
+LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
 
 
 class BankStore:
@@ -27,6 +33,9 @@ class BankStore:
         self.most_loaded = most_loaded
         self._loaded: OrderedDict[str, tuple[tuple[int, int], Bank, list[np.ndarray]]] = OrderedDict()
         self._lock = threading.RLock()
+        if most_loaded < 1:
+            msg = f"most_loaded={most_loaded} must be at least 1: the bank that is used has to be in memory."
+            raise ValueError(msg)
 
     @property
     def products(self) -> list[str]:
@@ -44,6 +53,11 @@ class BankStore:
             stat = self._stat(name)
             if name not in self._loaded or self._loaded[name][0] != stat:
                 bank = read_bank(bank_file(self.folder, name), self.manifest)
+                if bank.product != name:
+                    msg = (
+                        f"The bank of {name!r} is that of {bank.product!r}: its file was renamed. Give it its own name."
+                    )
+                    raise BankError(msg)
                 multiple = self.manifest.row_multiple
                 levels = range(len(self.manifest.levels))
                 rows = [padded(bank.arrays[f"rows_{level}"], multiple) for level in levels]
@@ -53,33 +67,59 @@ class BankStore:
             self._loaded.move_to_end(name)
             return self._loaded[name][1:]
 
-    def write(self, bank: Bank) -> Bank:
-        """Write a bank, whole or not at all.
+    @contextmanager
+    def changing(self, name: str) -> Iterator[None]:
+        """Hold a product's lock, from reading its bank to writing it, against threads, processes and containers.
 
         Raises:
-            BankError: If it does not fit the bundle, or cannot be written.
+            ValueError: If the name cannot be that of a product.
+            BankError: If the folder cannot be written, or another writer does not end.
+        """
+        path = bank_file(self.folder, name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
+                for stale in self.folder.glob(f".{path.name}.*{PART}"):  # of a writer that was killed
+                    stale.unlink(missing_ok=True)
+                yield
+        except Timeout as error:
+            msg = f"{name!r} is being changed by another process for more than {LOCK_SECONDS} s. Try again later."
+            raise BankError(msg) from error
+        except OSError as error:
+            msg = f"{path} cannot be written ({error}). Pass a folder for `banks` that can be."
+            raise BankError(msg) from error
+
+    def check_enrolled(self, name: str) -> None:
+        """Refuse a product that is not enrolled.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        self._stat(name)
+
+    def write(self, bank: Bank) -> Bank:
+        """Write a bank, whole or not at all; :meth:`changing` must be held.
+
+        Raises:
+            BankError: If it does not fit the bundle.
+            OSError: If it cannot be written; :meth:`changing` makes a BankError of it.
         """
         check_bank(bank, self.manifest, bank.product)
-        path = bank_file(self.folder, bank.product)
         with self._lock:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                bank.save(path)
-            except OSError as error:
-                msg = f"{path} cannot be written ({error}). Pass a folder for `banks` that can be."
-                raise BankError(msg) from error
+            bank.save(bank_file(self.folder, bank.product))
             self._loaded.pop(bank.product, None)
         return bank
 
     def remove(self, name: str) -> None:
-        """Remove the bank of a product.
+        """Remove the bank of a product; :meth:`changing` must be held.
 
         Raises:
             ValueError: If it is not enrolled.
         """
         self._stat(name)
-        bank_file(self.folder, name).unlink()
-        self._loaded.pop(name, None)
+        with self._lock:
+            bank_file(self.folder, name).unlink()
+            self._loaded.pop(name, None)
 
     def _stat(self, name: str) -> tuple[int, int]:
         """Time and size of a bank's file, by which a change is noticed."""

@@ -6,6 +6,7 @@
 ``manifest.json`` with its SHA-256.
 """
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.enrollment.photos import content_hash
 from anomalib_resad.enrollment.rotations import Rotations
 
 Precision = Literal["fp32", "fp16", "int8"]
 FORMAT = 1
 MANIFEST = "manifest.json"
 ENCODER, DETECTOR = "encoder.xml", "detector.xml"
+FILES = (ENCODER, DETECTOR, "encoder.bin", "detector.bin")
+LARGEST = 3e38  # of numbers that scores are compared with, in float32
 
 
 class BundleError(ValueError):
@@ -102,19 +104,66 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+        content = {"format": FORMAT, **asdict(self)}
+        text = json.dumps(content | {"checksum": _checksum(content)}, indent=2)
         write_whole(folder / MANIFEST, (text + "\n").encode())
 
 
-def _parse(known: dict[str, Any]) -> Manifest:
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, however its text is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        msg = f"a key stands there twice, among {[key for key, _ in pairs]}"
+        raise ValueError(msg)
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    msg = f"{name} is no number that could be used"
+    raise ValueError(msg)
+
+
+def _parse(text: str) -> Manifest | None:
+    """The manifest, or ``None`` if it has another format. Version 0.1.0 wrote no checksum.
+
+    Raises:
+        ValueError: If something in it cannot be.
+    """
+    known = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    if known["format"] != FORMAT:
+        return None
+    checksum = known.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(known):
+        msg = "its checksum differs: it was altered"
+        raise ValueError(msg)
+    del known["format"]
     known["image_size"] = tuple(known["image_size"])
     known["levels"] = tuple(Level(**level) for level in known["levels"])
     known["score"], known["map"] = Scale(**known["score"]), Scale(**known["map"])
+    for scale in (known["score"], known["map"]):
+        _, low, high = scale.numbers
+        if low > high or not all(each is None or abs(each) < LARGEST for each in asdict(scale).values()):
+            msg = f"{scale} is no range"
+            raise ValueError(msg)
+    if set(FILES) - known["files"].keys():
+        msg = f"it lists {sorted(known['files'])}, not {sorted(FILES)}"
+        raise ValueError(msg)
     return Manifest(**known)
 
 
 def read_manifest(bundle: Path) -> Manifest:
+    """Read and check a bundle; see :func:`read_bundle`."""
+    return read_bundle(bundle)[0]
+
+
+def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
     """Read and check a bundle: its manifest, and that every file is as it was written.
+
+    Returns:
+        tuple[Manifest, dict[str, bytes]]: The manifest, and the content of each file that was checked.
 
     Raises:
         BundleError: If something is missing, altered, or of another version.
@@ -125,19 +174,19 @@ def read_manifest(bundle: Path) -> Manifest:
         msg = f"{bundle} is no bundle: it has no {MANIFEST}. Make one with `resad export`."
         raise BundleError(msg)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        made_as = content.pop("format")
-        manifest = _parse(content) if made_as == FORMAT else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest = _parse(path.read_text(encoding="utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         msg = f"{path} cannot be read ({error!r}). {again}"
         raise BundleError(msg) from error
     if manifest is None:
-        msg = f"{path} has format {made_as}, this version reads {FORMAT}. Export the checkpoint again."
+        msg = f"{path} has another format than {FORMAT}, which this version reads. Export the checkpoint again."
         raise BundleError(msg)
+    contents = {}
     for name, digest in manifest.files.items():
         file = bundle / name
-        if Path(name).name != name or not file.is_file() or content_hash(file) != digest:
+        contents[name] = file.read_bytes() if Path(name).name == name and file.is_file() else b""
+        if hashlib.sha256(contents[name]).hexdigest() != digest:
             problem = "altered or truncated" if file.is_file() else "missing"
             msg = f"{file} is {problem}. {again}"
             raise BundleError(msg)
-    return manifest
+    return manifest, contents

@@ -5,16 +5,16 @@
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import openvino as ov
 
-from anomalib_resad.deploy.bank import Bank, bank_file
+from anomalib_resad.deploy.bank import Bank, BankError, bank_file
 from anomalib_resad.deploy.bank_store import BankStore
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_manifest
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_bundle
+from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.photos import (
     Photo,
@@ -26,26 +26,9 @@ from anomalib_resad.enrollment.photos import (
     read_references,
 )
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows
-from anomalib_resad.enrollment.thresholds import normalize, product_map_threshold
+from anomalib_resad.enrollment.thresholds import normalize
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was found in a photo.
-
-    Attributes:
-        score (float): 0 to 1, 0.5 at the threshold.
-        label (bool | None): Whether it is anomalous; ``None`` where no threshold is known.
-        map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input.
-        raw_score (float): The score before normalization, which thresholds of products refer to.
-    """
-
-    score: float
-    label: bool | None
-    map: np.ndarray
-    raw_score: float
 
 
 class ResADInferencer:
@@ -74,10 +57,13 @@ class ResADInferencer:
         most_loaded: int = 32,
     ) -> None:
         self.bundle = Path(bundle)
-        self.manifest = read_manifest(self.bundle)
+        self.manifest, self._files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
         self.banks = Path(banks) if banks is not None else self.bundle / "banks"
         self.device = device
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if threads is not None and threads < 1:
+            msg = f"threads={threads} must be at least 1, or None to leave it to OpenVINO."
+            raise ValueError(msg)
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = threads
         self._core = ov.Core()
@@ -119,9 +105,7 @@ class ResADInferencer:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
             PhotoError: If a photo cannot be used; nothing was written then.
         """
-        if bank_file(self.banks, name).exists() and not replace_existing:
-            msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
-            raise ValueError(msg)
+        self._check_new(name, replace_existing)
         if max_patches is not None and max_patches < 1:
             msg = f"max_patches={max_patches} must be at least 1, or None."
             raise ValueError(msg)
@@ -129,42 +113,66 @@ class ResADInferencer:
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        return self._store.write(self._bank_of(name, features, orientations, threshold, max_patches))
+        bank = self._bank_of(name, features, orientations, threshold, max_patches)
+        with self._store.changing(name):
+            self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
+            return self._store.write(bank)
+
+    def _check_new(self, name: str, replace_existing: bool) -> None:
+        if bank_file(self.banks, name).exists() and not replace_existing:
+            msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
+            raise ValueError(msg)
 
     def add(self, name: str, photos: Photos) -> Bank:
         """Add good photos to a product; the bank is then as if all had been enrolled at once.
 
-        They are enrolled in as many orientations as those that are there.
+        They are enrolled in as many orientations as those that are there. Nothing is lost where several threads or
+        processes add to one product.
 
         Raises:
             ValueError: If the product is not enrolled, or its bank was thinned out.
             PhotoError: If a photo cannot be used.
+            BankError: If the product was enrolled in other orientations meanwhile.
         """
-        bank = self._whole_bank(name)
-        features = self._rows_of(bank) | self._features_of(photos, bank.rotations)[0]
-        bank = self._bank_of(name, features, bank.rotations, bank.threshold, None)
-        return self._store.write(bank)
+        rotations = self._whole_bank(name).rotations
+        added, _ = self._features_of(photos, rotations)
+        with self._store.changing(name):
+            bank = self._whole_bank(name)
+            if bank.rotations != rotations:
+                msg = f"{name!r} was enrolled anew in {bank.rotations} orientations meanwhile. Add the photos again."
+                raise BankError(msg)
+            return self._store.write(self._bank_of(name, self._rows_of(bank) | added, rotations, bank.threshold, None))
 
     def remove(self, name: str, photo: str | None = None) -> None:
-        """Remove a product, or one of its photos by name.
+        """Remove a product, or one of its photos by name, or by the beginning of its SHA-256.
 
         Raises:
-            ValueError: If there is no such product or photo, or it is the last photo.
+            ValueError: If there is no such product or photo, it is the last photo, or several photos have that name.
         """
-        if photo is None:
-            self._store.remove(name)
-            return
-        bank = self._whole_bank(name)
-        kept = {reference: rows for reference, rows in self._rows_of(bank).items() if reference.name != photo}
-        if len(kept) == len(bank.references) or not kept:
-            names = ", ".join(reference.name for reference in bank.references)
-            msg = f"{photo!r} is not one of several photos of {name!r} ({names}). Nothing was changed."
-            raise ValueError(msg)
-        self._store.write(self._bank_of(name, kept, bank.rotations, bank.threshold, None))
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            if photo is None:
+                self._store.remove(name)
+                return
+            bank = self._whole_bank(name)
+            chosen = [each for each in bank.references if each.name == photo or each.sha256.startswith(photo)]
+            if len(chosen) != 1 or len(bank.references) == 1:
+                names = ", ".join(f"{each.name} ({each.sha256[:8]})" for each in bank.references)
+                problem = "names several photos" if len(chosen) > 1 else "is not one of several photos"
+                msg = f"{photo!r} {problem} of {name!r}: {names}. Nothing was changed."
+                raise ValueError(msg)
+            kept = {reference: rows for reference, rows in self._rows_of(bank).items() if reference != chosen[0]}
+            self._store.write(self._bank_of(name, kept, bank.rotations, bank.threshold, None))
 
     def set_threshold(self, name: str, threshold: float | None) -> Bank:
-        """Give a product its own threshold of the raw score, or with ``None`` the model's again."""
-        return self._store.write(self.bank(name).with_threshold(threshold))
+        """Give a product its own threshold of the raw score, or with ``None`` the model's again.
+
+        Raises:
+            ValueError: If the product is not enrolled, or the threshold is no finite number.
+        """
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            return self._store.write(self.bank(name).with_threshold(threshold))
 
     def bank(self, name: str) -> Bank:
         """The bank of a product.
@@ -223,7 +231,9 @@ class ResADInferencer:
         """Run one of the two models, compiled at its first use."""
         with self._lock:
             if file not in self._requests:
-                model = self._core.compile_model(self.bundle / file, self.device, self._config)
+                weights = Path(file).with_suffix(".bin").name
+                read = self._core.read_model(self._files.pop(file), self._files.pop(weights))
+                model = self._core.compile_model(read, self.device, self._config)
                 self._requests[file] = model.create_infer_request()
             outputs = self._requests[file].infer(inputs, share_inputs=True)
             return [outputs[number] for number in range(len(outputs))]
@@ -253,28 +263,10 @@ class ResADInferencer:
             return []
         features = [np.concatenate(level) for level in zip(*encoded, strict=True)]
         scores, maps = self._run(DETECTOR, [*features, *rows])
-        score_scale, map_scale = self.scales(bank)
+        score_scale, map_scale = scales_of(self.manifest, bank)
         above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
         normalized, normalized_maps = normalize(scores, *score_scale), normalize(maps[:, 0], *map_scale)
         return [
             Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw))
             for score, anomaly_map, raw in zip(normalized, normalized_maps, scores, strict=True)
         ]
-
-    def scales(self, bank: Bank) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
-        """Threshold, low and high of a product's scores, and of its maps, whose threshold moves with the scores'.
-
-        Args:
-            bank (Bank): The product's bank.
-        """
-        threshold, *score_range = self.manifest.score.numbers
-        map_threshold, *map_range = self.manifest.map.numbers
-        own = math.nan if bank.threshold is None else bank.threshold
-        moved = product_map_threshold(map_threshold, threshold, own)
-        chosen = threshold if bank.threshold is None else own
-        return _float32(chosen, *score_range), _float32(moved, *map_range)
-
-
-def _float32(*values: float) -> tuple[np.float32, ...]:
-    """Numbers in the precision of the model's outputs."""
-    return tuple(np.float32(value) for value in values)

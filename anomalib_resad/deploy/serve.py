@@ -14,6 +14,7 @@ import numpy as np
 
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.deploy.prediction import scales_of
 from anomalib_resad.enrollment.photos import EXTENSIONS, read_pixels
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
 from anomalib_resad.enrollment.thresholds import denormalize
@@ -103,7 +104,7 @@ class Page:
             if not product:
                 msg = "Choose a product first."
                 raise ValueError(msg)
-            scale, _ = self.inferencer.scales(self.inferencer.bank(product))
+            scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(product))
             self.inferencer.set_threshold(product, denormalize(threshold, *(float(each) for each in scale)))
         return (
             0.5,

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
+from uuid import uuid4
+
+PART = ".part"  # ends the name of a file that is being written
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, also when the device loses its power."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}{PART}")  # a name that no two writers share
     try:
         with temporary.open("wb") as file:
             file.write(content)

@@ -46,7 +46,14 @@ def normalize(raw: Any, threshold: Any, low: Any, high: Any, xp: Any = np) -> An
 
 
 def denormalize(value: float, threshold: float, low: float, high: float) -> float:
-    """The raw value that :func:`normalize` makes ``value`` of, for ``0 < value < 1``."""
+    """The raw value that :func:`normalize` makes ``value`` of, for ``0 < value < 1``.
+
+    Raises:
+        ValueError: If no raw value is normalized to ``value``.
+    """
+    if not 0 < value < 1:
+        msg = f"{value} is no normalized score: these lie between 0 and 1, both excluded."
+        raise ValueError(msg)
     center, width = center_and_width(threshold, low, high)
     v = 2 * value - 1
     return float(center + v / (1 - abs(v)) * width / 2)

@@ -24,7 +24,8 @@ from rich.progress import track
 from rich.table import Table
 
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Precision
-from anomalib_resad.deploy.inferencer import Prediction, ResADInferencer
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import list_photos, read_references
 from anomalib_resad.enrollment.ranking import auroc
