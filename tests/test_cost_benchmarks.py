@@ -55,7 +55,7 @@ def test_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert measured.keys() == {"backbone alone"} | ({"fused"} if precision == "int8" else whole)
         assert measured["backbone alone"] == 1
         assert min(measured.values()) > 0
-    for ways in ("", ", 4 ways round", ", 8 ways round"):
+    for ways in ("", ", 4 orientations", ", 8 orientations"):
         assert float(items["torch", f"fused: enroll 4 photos{ways}"]["ms"]) > 0
     assert float(items["torch training", "fused: step, features kept"]["ms"]) > 0
     assert float(items["torch", "fused: 64 shots"]["bank_mb"]) > 10 * float(items["torch", "fused: 4 shots"]["bank_mb"])
