@@ -2,8 +2,7 @@
 
 """The ``resad`` command: what `anomalib` has no verb for. Only `export` and `parity` need PyTorch."""
 
-import csv
-import io
+import signal
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
-from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.deploy.results import TABLE, Results
 from anomalib_resad.enrollment.photos import PhotoError, list_photos, read_pixels
 from anomalib_resad.enrollment.rotations import Rotations
 
@@ -138,9 +137,10 @@ def products(bundle: Path, banks: Path | None = None, remove: str | None = None)
 
 
 def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None) -> None:
-    """Inspect photos: a map over each (PNG), and a table (results.csv).
+    """Inspect photos: a map over each (PNG), and a table (results.csv), row by row.
 
-    Files that cannot be read are reported and left out; the command then ends with status 1.
+    Files that cannot be read are reported and left out; the command then ends with status 1. Where it is interrupted,
+    or the disk is full, the rows so far stay, and it ends with status 2.
 
     Args:
         bundle: Folder made by `resad export`.
@@ -151,36 +151,35 @@ def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path 
     """
     inferencer = ResADInferencer(bundle, banks=banks)
     inferencer.bank(product)
-    paths = list_photos(photos)
+    mine = output.resolve()
+    paths = [path for path in list_photos(photos) if mine not in path.resolve().parents]
     root = photos if photos.is_dir() else photos.parent
-    rows: list[dict[str, Any]] = []
+    stretch = inferencer.manifest.map.threshold is None
     problems = []
-    for path in track(paths, description="Inspecting", console=Console(stderr=True)):
-        name = path.relative_to(root).as_posix()
+    with Results(output) as results:
         try:
-            pixels = read_pixels(path)
-        except PhotoError as error:
-            problems.append(str(error))
-            rows.append({"photo": name, "error": str(error)})
-            continue
-        found = inferencer.predict(pixels, product)
-        picture = output / "maps" / f"{name}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        overlay(pixels, found.map, stretch=inferencer.manifest.map.threshold is None).save(picture)
-        label = "" if found.label is None else ("anomalous" if found.label else "good")
-        rows.append(
-            {"photo": name, "score": f"{found.score:.6f}", "label": label, "raw_score": f"{found.raw_score:.6f}"}
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["photo", "score", "label", "raw_score", "error"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(output / "results.csv", text.getvalue().encode())
-    console.print(f"{len(rows) - len(problems)} of {len(rows)} photos inspected: {escape(str(output / 'results.csv'))}")
+            for path in track(paths, description="Inspecting", console=Console(stderr=True)):
+                name = path.relative_to(root).as_posix()
+                try:
+                    pixels = read_pixels(path)
+                except PhotoError as error:
+                    problems.append(str(error))
+                    results.fail(name, str(error))
+                    continue
+                found = inferencer.predict(pixels, product)
+                results.add(name, found, overlay(pixels, found.map, stretch=stretch))
+        except (KeyboardInterrupt, OSError) as error:
+            why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            msg = (
+                f"Inspecting ended early: {why}. {results.count} of {len(paths)} rows are in {output / TABLE}. "
+                "Run the command again to inspect all photos."
+            )
+            raise ValueError(msg) from error
+    done = f"{len(paths) - len(problems)} of {len(paths)} photos inspected"
+    console.print(f"{done}: {escape(str(output / TABLE))}")
+    for problem in problems:
+        console.print(f"[red]not inspected:[/red] {escape(problem)}")
     if problems:
-        for problem in problems:
-            console.print(f"[red]not inspected:[/red] {escape(problem)}")
         sys.exit(1)
 
 
@@ -221,9 +220,10 @@ VERBS: dict[str, Any] = {
 
 def main() -> None:
     """Run the command."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
     try:
         auto_cli(VERBS, as_positional=False, prog="resad")
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
 

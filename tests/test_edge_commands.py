@@ -59,7 +59,7 @@ def test_commands_without_torch(bundle: Path, good: list[Path], new: list[Path],
     said = resad(*predict, "--product", "tiles", status=1)
     assert f"{len(new)} of {len(new) + 2} photos inspected" in said
     assert "more than 8 bits" in said
-    lines = (output / "results.csv").read_text().splitlines()
+    lines = (output / "results.csv").read_text("utf-8-sig").splitlines()
     assert lines[0] == "photo,score,label,raw_score,error"
     assert len(lines) == len(new) + 3
     for path in new:
