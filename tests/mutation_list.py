@@ -140,9 +140,10 @@ MUTATIONS = [
              "np.zeros_like(rows[:1]).repeat(missing, axis=0)", "test_edge"),
     Mutation("deploy/bank_store.py", "a changed bank is not noticed", " or self._loaded[name][0] != stat", "",
              "test_edge"),
-    Mutation("deploy/inferencer.py", "a product's threshold is ignored",
+    Mutation("deploy/prediction.py", "a product's threshold is ignored",
              "chosen = threshold if bank.threshold is None else own", "chosen = threshold", "test_edge"),
-    Mutation("deploy/bundle.py", "altered bundles are accepted", "content_hash(file) != digest", "False", "test_edge"),
+    Mutation("deploy/bundle.py", "altered bundles are accepted",
+             "hashlib.sha256(contents[name]).hexdigest() != digest", "False", "test_edge"),
     # -- export
     Mutation("export/edge_bundle.py", "settings are left out of the name", '("backbone", "layers", *ARCHITECTURE)',
              '("backbone", "layers")', "test_edge"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation_list import MUTATIONS, Mutation
+
 ROOT = Path(__file__).resolve().parents[1] / "anomalib_resad"
 FILES = sorted(ROOT.rglob("*.py"))
 # Rooms of ours that a room may import beside itself; modules that stand in no folder are the room "".
@@ -121,6 +123,13 @@ def test_no_file_over_300_lines_and_no_function_over_45() -> None:
                 if count > 45:
                     functions[f"{name}.{node.name}"] = count
     assert not functions
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: f"{each.file} {each.what}")
+def test_mutations_still_apply(mutation: Mutation) -> None:
+    """The text that each one replaces stands there once, and its tests are there; see tests/mutations.py."""
+    assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
+    assert all((ROOT.parent / "tests" / f"{name}.py").is_file() for name in mutation.tests.split())
 
 
 def test_enrollment_and_deploy_need_no_torch() -> None:
