@@ -20,9 +20,7 @@ from anomalib_resad.method.reference_bank import BankRecord
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.reference_rows import leave_one_out, reference_rows
 from anomalib_resad.torch_model import ResADModel
-from anomalib_resad.training.source_references import validates_on_source
-
-DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
+from anomalib_resad.training.source_references import DEFAULT_SHOTS, validates_on_source
 
 
 def store(model: ResADModel, post_processor: nn.Module | None, rows: Rows, record: BankRecord) -> None:

@@ -27,7 +27,7 @@ from anomalib_resad.checkpoint import load_checkpoint, restore, start_from
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.export.anomalib_export import check_compression, finish_openvino, quantize, write_thresholds
-from anomalib_resad.few_shot_references import DEFAULT_SHOTS, FewShotReferences
+from anomalib_resad.few_shot_references import FewShotReferences
 from anomalib_resad.method.backbone import choose_layers
 from anomalib_resad.method.constraintor import ConstraintorKind
 from anomalib_resad.method.distributed import average_batch_norms
@@ -154,7 +154,7 @@ class ResAD(AnomalibModule):
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
-        self.source = SourceReferences(k_shot or DEFAULT_SHOTS, reference_seed, cache_gb, self.hparams["synthetic"])
+        self.source = SourceReferences(k_shot, reference_seed, cache_gb, self.hparams["synthetic"])
         self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
 
     # -- components ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Break the package in small ways, and see whether the tests notice. Run by hand; takes about ten minutes.
+"""Break the package in small ways, and see whether the tests notice. Run by hand; takes about twenty minutes.
 
 Usage: python -m tests.mutations [--output FILE] [--only WORD] [--workers 2]
 

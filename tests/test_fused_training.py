@@ -53,6 +53,12 @@ def test_impossible_share_is_refused() -> None:
         ResAD(**DEFAULT, synthetic=1.5)
 
 
+@pytest.mark.parametrize("k_shot", [0, -1])
+def test_impossible_numbers_of_references_are_refused_at_once(k_shot: int) -> None:
+    with pytest.raises(ValueError, match=f"k_shot={k_shot} must be at least 1"):
+        ResAD(**DEFAULT | {"k_shot": k_shot})
+
+
 def test_each_photo_has_one_painted_version_and_epochs_differ_in_which_are_shown() -> None:
     image = torch.rand(3, 32, 32)
     first, again, other = (paint_photo(image, path, 0) for path in ("a.png", "a.png", "b.png"))

@@ -31,6 +31,7 @@ from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_
 
 # Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
 KEY_PHOTOS = 64
+DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
 
 
 def validates_on_source(datamodule: Any) -> bool:  # noqa: ANN401
@@ -47,19 +48,24 @@ class SourceReferences:
     good photos are replaced by a version with a synthetic defect, others in each epoch.
 
     Args:
-        k_shot (int): References of an image.
+        k_shot (int | None): References of an image; 4 by default.
         seed (int): Seed of the draws, and of the synthetic defects.
         cache_gb (float): Most memory for features, in GB; 0 computes them anew in each epoch.
         synthetic (float | None): Share of the good images that get a defect, ``None`` for none; 0.5 at least where no
             image has a real one.
 
     Raises:
-        ValueError: If ``synthetic`` is no share.
+        ValueError: If ``synthetic`` is no share, or ``k_shot`` no number of photos.
     """
 
-    def __init__(self, k_shot: int = 4, seed: int = 0, cache_gb: float = 4.0, synthetic: float | None = None) -> None:
+    def __init__(
+        self, k_shot: int | None = None, seed: int = 0, cache_gb: float = 4.0, synthetic: float | None = None
+    ) -> None:
         check_share(synthetic or 0.0)
-        self.k_shot = k_shot
+        self.k_shot = DEFAULT_SHOTS if k_shot is None else k_shot
+        if self.k_shot < 1:
+            msg = f"k_shot={k_shot} must be at least 1, or None for all of `references`, else {DEFAULT_SHOTS}."
+            raise ValueError(msg)
         self.seed = seed
         self.synthetic = synthetic or 0.0
         self.cache = FeatureCache(int(cache_gb * 1e9))
