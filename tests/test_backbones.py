@@ -114,8 +114,12 @@ class TestMobileNetV3(BackboneMatrix):
 
 
 class TestEfficientNet(BackboneMatrix):
-    backbone = "efficientnet_lite0"
+    """As TensorFlow pads it, which is another convolution in the export."""
+
+    backbone = "tf_efficientnet_lite0"
     layers = ("blocks.1", "blocks.2", "blocks.4")
+    mean = 0.5
+    exports = True
 
 
 class TestConvNeXt(BackboneMatrix):

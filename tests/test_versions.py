@@ -33,6 +33,7 @@ def as_0_1_0(path: Path, folder: Path) -> Path:
     record = state["model.bank._extra_state"]
     files = [{"name": name, "sha256": digest} for name, digest in record["files"]]
     kept = {key: record[key] for key in ("category", "origin", "k_shot", "seed", "rotations")}
+    del state["model.backbone._extra_state"]
     state["model.bank._extra_state"] = kept | {"files": files, "leave_one_out": [1.0, 2.0]}
     if is_head:
         state["model.anomaly_map.ceilings"] = torch.full((1,), float("nan"))

