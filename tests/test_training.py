@@ -36,7 +36,8 @@ def test_every_level_is_trained_and_the_backbone_is_not(products: Path, tmp_path
     trainable = {name for name, value in model.model.named_parameters() if value.requires_grad}
     unchanged = {name for name in trainable if torch.equal(before[name], model.model.state_dict()[name])}
     assert not unchanged
-    frozen = {f"encoder.backbone.{name}": value for name, value in model.model.encoder.backbone.state_dict().items()}
+    backbone = model.model.encoder.backbone
+    frozen = {f"encoder.backbone.net.{name}": value for name, value in backbone.net.state_dict().items()}
     assert all(torch.equal(before[name], value) for name, value in frozen.items())
     assert torch.isfinite(model.model.estimator.ceilings).all()
 

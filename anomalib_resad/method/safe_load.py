@@ -55,7 +55,7 @@ def parse_weights_only(content: bytes, path: Path | str, what: str) -> dict[str,
             f"{what} are tensors and plain data only. Copy the file again, or ask its author for a plain one. ({error})"
         )
         raise ValueError(msg) from error
-    except (EOFError, RuntimeError, BadZipFile, SafetensorError, OSError, KeyError) as error:
+    except (EOFError, RuntimeError, BadZipFile, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
         msg = f"{path} is damaged or no {what} file ({len(content)} bytes): {error}. Copy the file again."
         raise ValueError(msg) from error
     if not isinstance(found, dict):
