@@ -14,13 +14,15 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from anomalib_resad import ProductFolder
-from anomalib_resad.method.backbone import FeaturePyramid
+from anomalib_resad.method.backbone import FeaturePyramid, describe
+from anomalib_resad.method.backbone_weights import PYPI
 from benchmarks.leaderboard import main as leaderboard
 from benchmarks.products import PRODUCTS, make_product
 from benchmarks.quiet import ask_cache_if_offline, quiet_lightning
 
 console = Console()
-LAYERS = ("layer1", "layer2", "layer3")
+BACKBONE = "resnet18"
+PACKAGED = "tf_efficientnet_lite0"  # its weights come with the extra `dev`, as a package
 
 
 def drawn_products(root: Path, seed: int) -> Path:
@@ -31,17 +33,31 @@ def drawn_products(root: Path, seed: int) -> Path:
     return root
 
 
-def has_pretrained(backbone: str) -> bool:
-    """Whether timm's weights of a ResNet can be had, from its hub or the hub's cache; says so if not."""
+def choose_backbone(asked: str | None) -> tuple[str, Path | None, bool]:
+    """A backbone whose weights can be had, and says so if it is not the one that was meant.
+
+    Args:
+        asked: What the user asked for, which is never replaced by another.
+
+    Returns:
+        tuple[str, Path | None, bool]: timm's name, the weights where they are not timm's, and whether there are any.
+    """
     try:
-        FeaturePyramid(backbone, LAYERS).bring_weights()
+        FeaturePyramid(asked or BACKBONE).bring_weights()
     except RuntimeError as error:
-        console.print(f"[yellow]{str(error)[:400]}[/yellow]", highlight=False)
-        console.print(
-            "[yellow]The demo goes on with an UNTRAINED backbone; its figures show the mechanics only.[/yellow]"
-        )
-        return False
-    return True
+        console.print(f"[yellow]{error}[/yellow]", highlight=False)
+    else:
+        return asked or BACKBONE, None, True
+    if asked is None:
+        try:
+            FeaturePyramid(PACKAGED, weights=PYPI).bring_weights()
+        except ImportError as error:
+            console.print(f"[yellow]{error}[/yellow]", highlight=False)
+        else:
+            console.print(f"[yellow]The demo goes on with {PACKAGED}, whose weights are installed.[/yellow]")
+            return PACKAGED, Path(PYPI), True
+    console.print("[yellow]The demo goes on with an UNTRAINED backbone; its figures show the mechanics only.[/yellow]")
+    return asked or BACKBONE, None, False
 
 
 def split_products(root: Path, target: str | None) -> tuple[str, list[str]]:
@@ -63,7 +79,7 @@ def main(
     data: Path | None = None,
     target: str | None = None,
     weights: Path | None = None,
-    backbone: str = "resnet18",
+    backbone: str | None = None,
     k_shot: int = 4,
     draws: int = 1,
     epochs: int = 8,
@@ -75,8 +91,9 @@ def main(
     Args:
         data: Folder of product folders in MVTec AD's layout; drawn products by default.
         target: Product to hold out; the last one by default.
-        weights: Local file with the backbone's weights.
-        backbone: timm name of the backbone, a ResNet.
+        weights: Local file with the backbone's weights, or ``pypi`` for its installed package.
+        backbone: timm name of the backbone; by default ResNet-18, or where its weights cannot be had, a backbone
+            whose weights are installed.
         k_shot: Reference photos.
         draws: How many different draws of references to test.
         epochs: Epochs of training.
@@ -88,7 +105,8 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     root = data or drawn_products(output / "products", seed)
     target, others = split_products(root, target)
-    pre_trained = weights is not None or has_pretrained(backbone)
+    name, weights, pre_trained = (backbone or BACKBONE, weights, True) if weights else choose_backbone(backbone)
+    layers = describe(name).default_layers
     console.print(f"Training on {', '.join(others)} for {epochs} epochs; {target} is held out.")
     workers = min(2, os.cpu_count() or 1)
     leaderboard(
@@ -101,12 +119,13 @@ def main(
                 "init_args": {"estimator": "distance"},
                 "trained_as": "ResAD",
             },
-            "Patchcore": {"class_path": "anomalib.models.Patchcore"},
+            "Patchcore": {"class_path": "anomalib.models.Patchcore", "init_args": {"layers": layers[1:]}},
         },
         output=output,
         shots=[k_shot],
         draws=draws,
-        backbone=backbone,
+        backbone=name,
+        layers=layers,
         weights=weights,
         pre_trained=pre_trained,
         gallery_shots=k_shot,

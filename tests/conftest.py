@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, read_manifest
 from anomalib_resad.export.edge_bundle import export_bundle
+from anomalib_resad.method.backbone_weights import PACKAGES
 from benchmarks.products import make_product
 
 torch.set_num_threads(1)  # as OMP_NUM_THREADS in tests/__init__.py, of PyTorch's own pool
@@ -65,6 +67,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it read the variable when it was imported
+
+
+def installed(backbone: str) -> bool:
+    """Whether the package with the weights of a backbone is installed."""
+    try:
+        return distribution(PACKAGES[backbone].name).locate_file(PACKAGES[backbone].file).exists()  # type: ignore[attr-defined]
+    except PackageNotFoundError:
+        return False
 
 
 @pytest.fixture(scope="session", autouse=True)

