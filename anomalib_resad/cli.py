@@ -16,7 +16,8 @@ from rich.table import Table
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
 from anomalib_resad.deploy.results import TABLE, Results
-from anomalib_resad.enrollment.photos import PhotoError, list_photos, read_pixels
+from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.photos import PhotoError, list_photos
 from anomalib_resad.enrollment.rotations import Rotations
 
 console = Console()
@@ -79,6 +80,7 @@ def enroll(
     threshold: float | None = None,
     mode: Literal["new", "add", "replace"] = "new",
     rotations: Rotations | None = None,
+    bit_depth: BitDepth = "auto",
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -93,19 +95,22 @@ def enroll(
         rotations: In how many orientations each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the
             photos are rotated to each other. By default what the model was made with. Photos that are added follow the
             others.
+        bit_depth: Bits of a channel that the camera gives, such as 12, if the photos have more than 8 and do not say
+            how many. It is kept with the product, whose photos all have to have it.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    if mode == "add" and (threshold, max_patches, rotations) != (None, None, None):
+    if mode == "add" and (threshold, max_patches, rotations, bit_depth) != (None, None, None, "auto"):
         msg = (
-            f"--mode add keeps the product's threshold and rotations (given: threshold={threshold}, "
-            f"max_patches={max_patches}, rotations={rotations}). Leave them out, or use --mode replace with all photos."
+            f"--mode add keeps the product's threshold, rotations and bit depth (given: threshold={threshold}, "
+            f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}). Leave them out, or use --mode "
+            "replace with all photos."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
         if mode == "add":
             bank = inferencer.add(product, photos)
         else:
-            bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations)
+            bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations, bit_depth)
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
@@ -161,12 +166,11 @@ def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path 
             for path in track(paths, description="Inspecting", console=Console(stderr=True)):
                 name = path.relative_to(root).as_posix()
                 try:
-                    pixels = read_pixels(path)
+                    found, pixels = inferencer.inspect(path, product)
                 except PhotoError as error:
                     problems.append(str(error))
                     results.fail(name, str(error))
                     continue
-                found = inferencer.predict(pixels, product)
                 results.add(name, found, overlay(pixels, found.map, stretch=stretch))
         except (KeyboardInterrupt, OSError) as error:
             why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

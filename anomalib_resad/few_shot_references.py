@@ -13,7 +13,8 @@ from torch import nn
 
 from anomalib_resad.data.cross_category import category_name
 from anomalib_resad.enrollment.draws import draw_references
-from anomalib_resad.enrollment.photos import list_photos, read_references
+from anomalib_resad.enrollment.photos import list_photos
+from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Rows
 from anomalib_resad.method.reference_bank import BankRecord
@@ -88,7 +89,7 @@ class FewShotReferences(Callback):
             return
         k_shot = self.k_shot if self.k_shot is not None else None if self.references is not None else DEFAULT_SHOTS
         chosen = photos if k_shot is None else draw_references(photos, k_shot, self.seed, where)
-        read = read_references(chosen)
+        read = read_references(chosen, pl_module.hparams["bit_depth"])
         rotations: Rotations = pl_module.hparams["rotations"]  # asked for now: a restored checkpoint brings its own
         record = BankRecord(
             category=category,
@@ -98,10 +99,11 @@ class FewShotReferences(Callback):
             files=tuple((each.name, each.sha256) for each in read),
             photos=len(read),
             rotations_asked=rotations,
+            bit_depth=read.bit_depth,
         )
         if _same(model.bank.record, record):
             return
-        rows, orientations = reference_rows(model, pl_module.pre_processor, list(read.values()), rotations)
+        rows, orientations = reference_rows(model, pl_module.pre_processor, read.values(), rotations)
         store(model, pl_module.post_processor, rows, BankRecord(**vars(record) | {"rotations": orientations}))
         drawn = "" if k_shot is None else f" (seed {self.seed})"
         rank_zero_info(f"Enrolled {len(chosen)} of {len(photos)} good photos of {where}{drawn}: {record.names}")

@@ -24,7 +24,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
 from anomalib_resad.checkpoint import load_checkpoint, restore, start_from
+from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.enrollment.calibration import check_rate
+from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.export.anomalib_export import check_compression, finish_openvino, quantize, write_thresholds
 from anomalib_resad.few_shot_references import FewShotReferences
@@ -59,6 +61,7 @@ class ResAD(AnomalibModule):
         references (Path | str | None): Folder of good photos to enroll; by default they are drawn from the train split.
         reference_seed (int): Seed of the draws of references.
         false_alarm_rate (float | None): Target share of good photos above a threshold that is the product's own.
+        bit_depth (BitDepth): Bits of a channel that photos of more than 8 bits use; ``"auto"``: what they state.
         checkpoint (Path | str | None): A trained ResAD, whose backbone and method are taken; nothing is trained then.
         variant (Variant): ``"fused"``, ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
         estimator (EstimatorKind | None): ``"distance"`` for the plain distance, without training; head / flow / flow.
@@ -85,9 +88,6 @@ class ResAD(AnomalibModule):
         cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
         image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
         pre_processor (PreProcessor | bool): As in all models of anomalib, like the three that follow.
-        post_processor (PostProcessor | bool): The same.
-        evaluator (Evaluator | bool): The same.
-        visualizer (Visualizer | bool): The same.
 
     Raises:
         ValueError: If an argument, or the checkpoint, cannot be used.
@@ -106,6 +106,7 @@ class ResAD(AnomalibModule):
         references: Path | str | None = None,
         reference_seed: int = 0,
         false_alarm_rate: float | None = None,
+        bit_depth: BitDepth = "auto",
         checkpoint: Path | str | None = None,
         variant: Variant = "fused",
         estimator: EstimatorKind | None = None,
@@ -138,6 +139,7 @@ class ResAD(AnomalibModule):
     ) -> None:
         check_rate(0.5 if false_alarm_rate is None else false_alarm_rate)
         check_rotations(1 if rotations is None else rotations)
+        check_bit_depth(bit_depth)
         own_pre_processor = pre_processor is not True
         if pre_processor is True:
             pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
@@ -154,10 +156,8 @@ class ResAD(AnomalibModule):
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
-        self.source = SourceReferences(k_shot, reference_seed, cache_gb, self.hparams["synthetic"])
+        self.source = SourceReferences(k_shot, reference_seed, cache_gb, self.hparams["synthetic"], bit_depth)
         self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
-
-    # -- components ---------------------------------------------------------------------------------------------------
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> PreProcessor:
@@ -169,11 +169,11 @@ class ResAD(AnomalibModule):
         return RankKeepingPostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Anomalib's components, the seeds before them, and the enrollment right behind the pre-processor."""
+        """Anomalib's components, and before them the seeds, the enrollment, and the check of what anomalib reads."""
         components = super().configure_callbacks()
         assert isinstance(components, list)
         given = [self.hparams[name] for name in ("k_shot", "references", "reference_seed", "false_alarm_rate")]
-        return [EpochSeeds(), *components[:1], FewShotReferences(*given), *components[1:]]
+        return [EpochSeeds(), FewShotReferences(*given), PhotoCheck(self.hparams["bit_depth"]), *components]
 
     @property
     def learning_type(self) -> LearningType:
@@ -239,8 +239,8 @@ class ResAD(AnomalibModule):
         if not validates_on_source(datamodule):
             return batch.update(**self.model(batch.image)._asdict())
         rows = self.source.held_out(batch, datamodule, self.model, self.pre_processor, self.hparams["rotations"])
-        predictions = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
-        return batch.update(**predictions._asdict())
+        found = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
+        return batch.update(**found._asdict())
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

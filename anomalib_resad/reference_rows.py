@@ -2,7 +2,7 @@
 
 """What the model makes of reference photos: their features, the rows that a bank keeps, and their own scores."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
+from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import read_pixels
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows, kept_rows
 from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, to_rows
@@ -24,13 +25,13 @@ def as_tensor(pixels: np.ndarray) -> Tensor:
     return to_dtype(torch.from_numpy(pixels.copy()).permute(2, 0, 1), torch.float32, scale=True)
 
 
-def read_photo(path: str) -> Tensor:
-    """Read a photo as RGB, float in 0..1, shape ``(3, H, W)``.
+def read_photo(path: str, bit_depth: BitDepth = "auto") -> Tensor:
+    """Read a photo as RGB, float in 0..1, shape ``(3, H, W)``; arguments as of :func:`read_pixels`.
 
     Raises:
         PhotoError: If it cannot be used.
     """
-    return as_tensor(read_pixels(path))
+    return as_tensor(read_pixels(path, bit_depth))
 
 
 def pre_process(pre_processor: nn.Module | None, photos: Tensor) -> Tensor:
@@ -48,14 +49,14 @@ def encode_photo(model: ResADModel, pre_processor: nn.Module | None, photo: Tens
 
 
 def reference_rows(
-    model: ResADModel, pre_processor: nn.Module | None, photos: Sequence[np.ndarray], rotations: Rotations
+    model: ResADModel, pre_processor: nn.Module | None, photos: Collection[np.ndarray], rotations: Rotations
 ) -> tuple[Rows, int]:
     """What a bank keeps of some photos.
 
     Args:
         model (ResADModel): The model.
         pre_processor (nn.Module | None): What comes before it.
-        photos (Sequence[np.ndarray]): The photos, uint8, shape ``(H, W, 3)`` each.
+        photos (Collection[np.ndarray]): The photos, uint8, shape ``(H, W, 3)`` each, one of them held at a time.
         rotations (Rotations): As of :func:`~anomalib_resad.enrollment.rotations.enrolled_rows`.
 
     Returns:

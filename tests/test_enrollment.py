@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from anomalib_resad import ResAD
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.coreset import thin_out
-from anomalib_resad.enrollment.photos import read_references
+from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import are_rotated, check_rotations, enrolled_rows, kept_rows, rotated
 from anomalib_resad.export.edge_bundle import load_model
 from anomalib_resad.export.parity import TorchReference

@@ -16,8 +16,8 @@ from anomalib_resad.enrollment.photos import (
     list_photos,
     photo_problem,
     read_pixels,
-    read_references,
 )
+from anomalib_resad.enrollment.references import read_references
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
 
@@ -83,7 +83,8 @@ def test_what_is_read_is_ordered_by_content_and_identical_photos_count_once(tmp_
 
 
 def test_pixels_are_named_by_their_content() -> None:
-    (first, pixels), (second, _) = identify(PIXELS), identify(Image.fromarray(PIXELS))
+    (first, pixels, depth), (second, *_) = identify(PIXELS), identify(Image.fromarray(PIXELS))
+    assert depth == 8
     assert first == second
     assert np.array_equal(pixels, PIXELS)
     assert identify(PIXELS[:, ::-1])[0] != first
@@ -103,7 +104,7 @@ def test_too_few_or_unusable_photos(tmp_path: Path) -> None:
 
 
 def test_too_large_photos_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anomalib_resad.enrollment.photos.MOST_PIXELS", 500)
+    monkeypatch.setattr("anomalib_resad.enrollment.decoding.MOST_PIXELS", 500)
     path = write(tmp_path / "large.png")
     assert "30 x 20 pixels, the most is 500" in str(photo_problem(path))
     with pytest.raises(PhotoError, match="the most is 500"):

@@ -5,13 +5,16 @@
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_mask
 from pandas import DataFrame
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
+from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import (
     EXTENSIONS,
     check_photos,
@@ -26,13 +29,23 @@ LAYOUT = "<category>/train/good, <category>/test/good, <category>/test/<defect>,
 GOOD = {"good", "ok", "normal"}  # names of folders of good photos, in any case
 
 
+def as_image(pixels: np.ndarray) -> Tensor:
+    """A photo as anomalib's data sets give it: uint8 ``(H, W, 3)`` to float in 0..1, shape ``(3, H, W)``."""
+    return to_dtype(to_image(pixels.copy()), torch.float32, scale=True)
+
+
 class SamplesDataset(AnomalibDataset):
     """A data set that is given its samples.
 
     Args:
         samples (DataFrame): anomalib's columns; ``mask_path`` is empty where there is no mask.
         task (str): ``"segmentation"`` if every defective image has a mask, else ``"classification"``.
+
+    Attributes:
+        bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use; :class:`PhotoCheck` sets it.
     """
+
+    bit_depth: BitDepth = "auto"
 
     def __init__(self, samples: DataFrame, task: str) -> None:
         super().__init__()
@@ -46,7 +59,7 @@ class SamplesDataset(AnomalibDataset):
             PhotoError: If the photo cannot be used.
         """
         sample = self.samples.iloc[index]
-        image = to_dtype(to_image(read_pixels(sample.image_path).copy()), torch.float32, scale=True)
+        image = as_image(read_pixels(sample.image_path, self.bit_depth))
         mask = None
         if self.samples.attrs["task"] == "segmentation":
             has_mask = sample.label_index == LabelName.ABNORMAL

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from anomalib_resad.deploy.bundle import LARGEST, Manifest
+from anomalib_resad.enrollment.decoding import check_bit_depth
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
@@ -38,6 +39,7 @@ class Bank:
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level, if the bank was thinned out.
         rotations (int): Orientations of each photo; 1 for photos as they are.
+        bit_depth (int): Bits of a channel of the photos; banks of 0.1.0 are of 8.
     """
 
     product: str
@@ -47,6 +49,7 @@ class Bank:
     threshold: float | None = None
     max_patches: int | None = None
     rotations: int = 1
+    bit_depth: int = 8
 
     @property
     def size(self) -> int:
@@ -78,6 +81,7 @@ class Bank:
             "threshold": json.dumps(self.threshold),
             "max_patches": json.dumps(self.max_patches),
             "rotations": json.dumps(self.rotations),
+            "bit_depth": json.dumps(self.bit_depth),
         }
 
 
@@ -130,6 +134,7 @@ def read_bank(path: Path, manifest: Manifest) -> Bank:
             threshold=json.loads(metadata["threshold"]),
             max_patches=json.loads(metadata["max_patches"]),
             rotations=json.loads(metadata["rotations"]),
+            bit_depth=json.loads(metadata.get("bit_depth", "8")),
         )
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         msg = f"{path} is truncated or no bank ({error}). Copy it again, or enroll the product again."
@@ -153,10 +158,11 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
     try:
         bank.with_threshold(bank.threshold)
         check_rotations(bank.rotations)
+        check_bit_depth(bank.bit_depth)
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error
-    if bank.rotations == "auto" or (bank.max_patches is not None and not is_count(bank.max_patches)):
+    if "auto" in (bank.rotations, bank.bit_depth) or (bank.max_patches is not None and not is_count(bank.max_patches)):
         msg = f"{where}: rotations={bank.rotations!r}, max_patches={bank.max_patches!r} are no numbers. Enroll again."
         raise BankError(msg)
     for number, level in enumerate(manifest.levels):

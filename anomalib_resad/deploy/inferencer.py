@@ -16,19 +16,17 @@ from anomalib_resad.deploy.bank_store import BankStore
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_bundle
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.enrollment.coreset import thin_out
-from anomalib_resad.enrollment.photos import (
-    Photo,
-    PhotoError,
-    Reference,
-    by_content,
-    list_photos,
-    read_pixels,
-    read_references,
-)
+from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
+from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos, read_like
+from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows
 from anomalib_resad.enrollment.thresholds import normalize
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
+
+# OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
+# a photo. Most products have photos of one size.
+CACHED_SHAPES = 64
 
 
 class ResADInferencer:
@@ -66,6 +64,8 @@ class ResADInferencer:
             raise ValueError(msg)
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = threads
+        if device == "CPU":
+            self._config["CPU_RUNTIME_CACHE_CAPACITY"] = CACHED_SHAPES
         self._core = ov.Core()
         self._requests: dict[str, ov.InferRequest] = {}
         self._store = BankStore(self.banks, self.manifest, most_loaded)
@@ -86,6 +86,7 @@ class ResADInferencer:
         max_patches: int | None = None,
         replace_existing: bool = False,
         rotations: Rotations | None = None,
+        bit_depth: BitDepth = "auto",
     ) -> Bank:
         """Learn a product from good photos.
 
@@ -100,6 +101,8 @@ class ResADInferencer:
             replace_existing (bool): Replace the product if it is enrolled already.
             rotations (Rotations | None): Orientations of each photo: 1 for photos as they are, 8 for every 45 degrees,
                 ``"auto"`` for 8 where the photos are rotated to each other; ``None`` for the model's.
+            bit_depth (BitDepth): Bits of a channel of this product's photos, kept with it; ``"auto"`` for what the
+                files state.
 
         Raises:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
@@ -109,11 +112,13 @@ class ResADInferencer:
         if max_patches is not None and max_patches < 1:
             msg = f"max_patches={max_patches} must be at least 1, or None."
             raise ValueError(msg)
-        features, orientations = self._features_of(photos, self.manifest.rotations if rotations is None else rotations)
+        check_bit_depth(bit_depth)
+        rotations = self.manifest.rotations if rotations is None else rotations
+        features, orientations, depth = self._features_of(photos, rotations, bit_depth)
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        bank = self._bank_of(name, features, orientations, threshold, max_patches)
+        bank = self._bank_of(name, features, orientations, depth, threshold, max_patches)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
             return self._store.write(bank)
@@ -126,22 +131,26 @@ class ResADInferencer:
     def add(self, name: str, photos: Photos) -> Bank:
         """Add good photos to a product; the bank is then as if all had been enrolled at once.
 
-        They are enrolled in as many orientations as those that are there. Nothing is lost where several threads or
-        processes add to one product.
+        They are enrolled in as many orientations as those that are there, and have to be of their bit depth. Nothing is
+        lost where several threads or processes add to one product.
 
         Raises:
             ValueError: If the product is not enrolled, or its bank was thinned out.
             PhotoError: If a photo cannot be used.
-            BankError: If the product was enrolled in other orientations meanwhile.
+            BankError: If the product was enrolled in another way meanwhile.
         """
-        rotations = self._whole_bank(name).rotations
-        added, _ = self._features_of(photos, rotations)
+        before = self._whole_bank(name)
+        added, *_ = self._features_of(photos, before.rotations, before.bit_depth)
         with self._store.changing(name):
             bank = self._whole_bank(name)
-            if bank.rotations != rotations:
-                msg = f"{name!r} was enrolled anew in {bank.rotations} orientations meanwhile. Add the photos again."
+            if (bank.rotations, bank.bit_depth) != (before.rotations, before.bit_depth):
+                msg = (
+                    f"{name!r} was enrolled anew meanwhile, in {bank.rotations} orientations, of {bank.bit_depth} bits "
+                    "a channel. Add the photos again."
+                )
                 raise BankError(msg)
-            return self._store.write(self._bank_of(name, self._rows_of(bank) | added, rotations, bank.threshold, None))
+            rows = self._rows_of(bank) | added
+            return self._store.write(self._bank_of(name, rows, bank.rotations, bank.bit_depth, bank.threshold))
 
     def remove(self, name: str, photo: str | None = None) -> None:
         """Remove a product, or one of its photos by name, or by the beginning of its SHA-256.
@@ -162,7 +171,7 @@ class ResADInferencer:
                 msg = f"{photo!r} {problem} of {name!r}: {names}. Nothing was changed."
                 raise ValueError(msg)
             kept = {reference: rows for reference, rows in self._rows_of(bank).items() if reference != chosen[0]}
-            self._store.write(self._bank_of(name, kept, bank.rotations, bank.threshold, None))
+            self._store.write(self._bank_of(name, kept, bank.rotations, bank.bit_depth, bank.threshold))
 
     def set_threshold(self, name: str, threshold: float | None) -> Bank:
         """Give a product its own threshold of the raw score, or with ``None`` the model's again.
@@ -190,12 +199,14 @@ class ResADInferencer:
             raise ValueError(msg)
         return bank
 
-    def _features_of(self, photos: Photos, rotations: Rotations) -> tuple[dict[Reference, list[np.ndarray]], int]:
-        """What a bank keeps of each photo, shape ``(N_l, C_l)`` per level, and in how many orientations."""
+    def _features_of(
+        self, photos: Photos, rotations: Rotations, bit_depth: BitDepth
+    ) -> tuple[dict[Reference, list[np.ndarray]], int, int]:
+        """What a bank keeps of each photo, ``(N_l, C_l)`` per level; in how many orientations; and their bit depth."""
         listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
-        read = read_references(listed)
-        rows, orientations = enrolled_rows(list(read.values()), self._encode_rows, self.manifest.keyed, rotations)
-        return dict(zip(read, rows, strict=True)), orientations
+        read = read_references(listed, bit_depth)
+        rows, orientations = enrolled_rows(read.values(), self._encode_rows, self.manifest.keyed, rotations)
+        return dict(zip(read, rows, strict=True)), orientations, read.bit_depth
 
     def _encode_rows(self, pixels: np.ndarray) -> list[np.ndarray]:
         features = self.encode(pixels[None])
@@ -211,8 +222,9 @@ class ResADInferencer:
         name: str,
         features: dict[Reference, list[np.ndarray]],
         rotations: int,
+        bit_depth: int,
         threshold: float | None,
-        max_patches: int | None,
+        max_patches: int | None = None,
     ) -> Bank:
         references = by_content(features)
         levels = range(len(self.manifest.levels))
@@ -222,7 +234,7 @@ class ResADInferencer:
             kept = [thin_out(level, max_patches) for level in (rows[-1:] * len(rows) if self.manifest.keyed else rows)]
             rows = [level[chosen] for level, chosen in zip(rows, kept, strict=True)]
         arrays = {f"rows_{level}": values for level, values in enumerate(rows)}
-        bank = Bank(name, self.manifest.encoder, references, arrays, max_patches=max_patches, rotations=rotations)
+        bank = Bank(name, self.manifest.encoder, references, arrays, None, max_patches, rotations, bit_depth)
         return bank.with_threshold(threshold)
 
     # -- inspection ---------------------------------------------------------------------------------------------------
@@ -251,16 +263,23 @@ class ResADInferencer:
 
         Raises:
             ValueError: If the product is not enrolled.
-            PhotoError: If the photo cannot be used.
+            PhotoError: If the photo cannot be used, or is of another bit depth than the product's.
         """
-        return self.predict_batch([photo], product)[0]
+        return self.inspect(photo, product)[0]
+
+    def inspect(self, photo: Photo, product: str) -> tuple[Prediction, np.ndarray]:
+        """What :meth:`predict` finds, and the pixels that it was found in, uint8, shape ``(H, W, 3)``."""
+        bank, rows = self._store.load(product)
+        pixels = read_like(photo, bank.bit_depth)
+        return self._judge([self.encode(pixels[None])], bank, rows)[0], pixels
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
         bank, rows = self._store.load(product)
-        encoded = [self.encode(read_pixels(photo)[None]) for photo in photos]
-        if not encoded:
-            return []
+        encoded = [self.encode(read_like(photo, bank.bit_depth)[None]) for photo in photos]
+        return self._judge(encoded, bank, rows) if encoded else []
+
+    def _judge(self, encoded: list[list[np.ndarray]], bank: Bank, rows: list[np.ndarray]) -> list[Prediction]:
         features = [np.concatenate(level) for level in zip(*encoded, strict=True)]
         scores, maps = self._run(DETECTOR, [*features, *rows])
         score_scale, map_scale = scales_of(self.manifest, bank)

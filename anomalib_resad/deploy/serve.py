@@ -3,7 +3,8 @@
 """A web page to enroll products and inspect photos, in Gradio.
 
 What comes from the page is not trusted: the size of an upload is limited by the server, photos are decoded by
-:func:`read_pixels` alone, and names of products by :func:`bank_file` cannot leave the folder of the banks.
+:mod:`~anomalib_resad.enrollment.decoding` alone, and names of products by :func:`bank_file` cannot leave the folder of
+the banks.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
 from anomalib_resad.deploy.prediction import scales_of
-from anomalib_resad.enrollment.photos import EXTENSIONS, read_pixels
+from anomalib_resad.enrollment.photos import EXTENSIONS
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
 from anomalib_resad.enrollment.thresholds import denormalize
 
@@ -86,8 +87,7 @@ class Page:
             if not photo or not product:
                 msg = "Drop a photo and choose a product first; enroll one if there is none."
                 raise ValueError(msg)
-            pixels = read_pixels(photo)
-            found = self.inferencer.predict(pixels, product)
+            found, pixels = self.inferencer.inspect(photo, product)
         picture = overlay(pixels, found.map, stretch=self.inferencer.manifest.map.threshold is None)
         return np.asarray(picture), found.score, self.verdict(found.score, threshold)
 

@@ -2,7 +2,7 @@
 
 """What a bank keeps of good photos: their patches, and where the photos are rotated, patches of rotated copies too."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -21,6 +21,8 @@ ORIENTATIONS = 8
 # (benchmarks/experiments.md).
 ROTATED = 0.85
 LOOKED_AT = 8  # photos that decide whether all of them are rotated, the first ones
+# A photo is rotated inside a square of its diagonal. Longer ones are made smaller first, which bounds time and memory.
+LONGEST_DIAGONAL = 3000
 
 
 def check_rotations(rotations: object) -> None:
@@ -45,9 +47,13 @@ def rotated(pixels: np.ndarray, degrees: float) -> np.ndarray:
         degrees (float): Angle.
 
     Returns:
-        np.ndarray: Of the same shape.
+        np.ndarray: Of the same shape; of a photo whose diagonal is longer than :data:`LONGEST_DIAGONAL`, a smaller one.
     """
     height, width = pixels.shape[:2]
+    scale = LONGEST_DIAGONAL / np.hypot(height, width)
+    if scale < 1:
+        height, width = max(1, round(scale * height)), max(1, round(scale * width))
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     reach = int(np.ceil(np.hypot(height, width)))
     rows, columns = -(-(reach - height) // 2) + 1, -(-(reach - width) // 2) + 1
     padded = np.pad(pixels, ((rows, rows), (columns, columns), (0, 0)), mode="reflect")
@@ -56,7 +62,7 @@ def rotated(pixels: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def enrolled_rows(
-    photos: Sequence[np.ndarray], encode: Callable[[np.ndarray], Rows], keyed: bool, rotations: Rotations = "auto"
+    photos: Collection[np.ndarray], encode: Callable[[np.ndarray], Rows], keyed: bool, rotations: Rotations = "auto"
 ) -> tuple[list[Rows], int]:
     """Encode photos, and choose the rows that a bank keeps of each.
 
@@ -65,7 +71,8 @@ def enrolled_rows(
     grows by half, not eightfold. The photo's own rows come first.
 
     Args:
-        photos (Sequence[np.ndarray]): uint8, shape ``(H, W, 3)`` each.
+        photos (Collection[np.ndarray]): uint8, shape ``(H, W, 3)`` each. They are gone through up to twice, and one is
+            held at a time.
         encode (Callable[[np.ndarray], Rows]): Rows of a photo's patches, shape ``(N_l, C_l)`` per level. The last level
             decides whether photos are rotated to each other.
         keyed (bool): Whether the last level holds the keys of all others, so that the same patches are kept in every
@@ -80,15 +87,15 @@ def enrolled_rows(
         ValueError: If ``rotations`` is impossible.
     """
     check_rotations(rotations)
-    views = [{0.0: encode(pixels)} for pixels in photos]
+    looked_at = LOOKED_AT if rotations == "auto" and len(photos) > 1 else 0
+    views = []
+    for number, pixels in enumerate(photos):
+        views.append({0.0: encode(pixels)})
+        if number < looked_at:
+            views[-1] |= {angle: encode(rotated(pixels, angle)) for angle in (90.0, 180.0, 270.0)}
     if rotations == "auto":
-        rotations = 1
-        if len(photos) > 1:
-            looked_at = list(zip(photos, views, strict=True))[:LOOKED_AT]
-            for pixels, seen in looked_at:
-                seen |= {angle: encode(rotated(pixels, angle)) for angle in (90.0, 180.0, 270.0)}
-            if are_rotated([[rows[-1] for rows in seen.values()] for _, seen in looked_at]):
-                rotations = ORIENTATIONS
+        decisive = [[rows[-1] for rows in seen.values()] for seen in views[:looked_at]]
+        rotations = ORIENTATIONS if decisive and are_rotated(decisive) else 1
     if rotations == 1:
         return [seen[0.0] for seen in views], 1
     angles = [360 * turn / rotations for turn in range(1, rotations)]

@@ -27,8 +27,9 @@ from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Precision
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.enrollment.photos import list_photos, read_references
+from anomalib_resad.enrollment.photos import list_photos
 from anomalib_resad.enrollment.ranking import auroc
+from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.export.edge_bundle import convert, load_model, trace, write_bundle
 from anomalib_resad.few_shot_references import store
 from anomalib_resad.lightning_model import ResAD
@@ -80,9 +81,7 @@ class TorchReference:
     def __init__(self, model: ResAD, references: Sequence[Path]) -> None:
         self.model = model
         read = read_references(references)
-        rows, orientations = reference_rows(
-            model.model, model.pre_processor, list(read.values()), model.hparams["rotations"]
-        )
+        rows, orientations = reference_rows(model.model, model.pre_processor, read.values(), model.hparams["rotations"])
         files = tuple((each.name, each.sha256) for each in read)
         record = BankRecord(files=files, photos=len(read), rotations=orientations)
         store(model.model, model.post_processor, rows, record)

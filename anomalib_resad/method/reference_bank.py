@@ -141,6 +141,7 @@ class BankRecord:
         photos (int): How many photos the bank holds, each with the same number of rows, one after the other.
         rotations_asked (int | str | None): Rotations that were asked for, ``"auto"`` or a number.
         rotations (int): Orientations of each photo; 1 for photos as they are.
+        bit_depth (int): Bits of a channel of the photos.
     """
 
     category: str | None = None
@@ -151,6 +152,7 @@ class BankRecord:
     photos: int = 0
     rotations_asked: int | str | None = None
     rotations: int = 1
+    bit_depth: int = 8
 
     @property
     def names(self) -> str:

@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Resize
 
+from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.photos import read_header
+from anomalib_resad.reference_rows import read_photo
+
 WHOLE = "data"  # category of datamodules that have only one
 
 
@@ -73,13 +77,15 @@ class SourcePhotos(Dataset):
 
     Args:
         dataset (AnomalibDataset): The data set.
+        bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use.
 
     Attributes:
         kept (set[str] | None): Photos that need no decoding; ``None``, before training starts, for all of them.
     """
 
-    def __init__(self, dataset: AnomalibDataset) -> None:
+    def __init__(self, dataset: AnomalibDataset, bit_depth: BitDepth = "auto") -> None:
         self.dataset = dataset
+        self.bit_depth = bit_depth
         self.kept: set[str] | None = None
         self._index = {path: index for index, path in enumerate(dataset.samples.image_path)}
 
@@ -113,7 +119,10 @@ class SourcePhotos(Dataset):
             msg = f"{path} is defective and has no mask. Train with CrossCategory, which leaves such images out."
             raise ValueError(msg)
         mask = item.gt_mask if label == LabelName.ABNORMAL else None
-        return SourcePhoto(path, label, torch.as_tensor(item.image), mask)
+        plain = read_header(path).is_plain  # else anomalib's own data sets read other pixels
+        return SourcePhoto(
+            path, label, torch.as_tensor(item.image) if plain else read_photo(path, self.bit_depth), mask
+        )
 
     @staticmethod
     def collate_fn(photos: Sequence[SourcePhoto]) -> SourceBatch:

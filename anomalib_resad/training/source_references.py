@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 from torchvision.tv_tensors import Mask
 
+from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.draws import draw, key_of, seeded
-from anomalib_resad.enrollment.photos import read_references
+from anomalib_resad.enrollment.photos import check_photos, read_header
+from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, rows_of
 from anomalib_resad.reference_rows import encode_photo, pre_process, read_photo, reference_rows
@@ -53,13 +55,19 @@ class SourceReferences:
         cache_gb (float): Most memory for features, in GB; 0 computes them anew in each epoch.
         synthetic (float | None): Share of the good images that get a defect, ``None`` for none; 0.5 at least where no
             image has a real one.
+        bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use; ``"auto"``: what they state.
 
     Raises:
         ValueError: If ``synthetic`` is no share, or ``k_shot`` no number of photos.
     """
 
     def __init__(
-        self, k_shot: int | None = None, seed: int = 0, cache_gb: float = 4.0, synthetic: float | None = None
+        self,
+        k_shot: int | None = None,
+        seed: int = 0,
+        cache_gb: float = 4.0,
+        synthetic: float | None = None,
+        bit_depth: BitDepth = "auto",
     ) -> None:
         check_share(synthetic or 0.0)
         self.k_shot = DEFAULT_SHOTS if k_shot is None else k_shot
@@ -68,17 +76,17 @@ class SourceReferences:
             raise ValueError(msg)
         self.seed = seed
         self.synthetic = synthetic or 0.0
+        self.bit_depth = bit_depth
         self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
         self._held_out: dict[str, Rows] = {}  # by source category
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
-    @staticmethod
-    def take_over(datamodule: Any) -> None:  # noqa: ANN401
+    def take_over(self, datamodule: Any) -> None:  # noqa: ANN401
         """Let a datamodule's training photos come undecoded where their features are kept."""
         if isinstance(getattr(datamodule, "train_data", None), AnomalibDataset):
-            datamodule.train_data = SourcePhotos(datamodule.train_data)
+            datamodule.train_data = SourcePhotos(datamodule.train_data, self.bit_depth)
 
     @staticmethod
     def give_back(datamodule: Any) -> None:  # noqa: ANN401
@@ -90,7 +98,7 @@ class SourceReferences:
         """Compute the features that are kept, and learn the keys of joined levels, in every process alike."""
         datamodule: Any = getattr(trainer, "datamodule", None)
         given = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
-        self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given)
+        self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given, self.bit_depth)
         self._photos.kept = set()
         self._model, self._pre_processor = model, pre_processor
         held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
@@ -101,6 +109,9 @@ class SourceReferences:
             rank_zero_info("The training data holds no real defects: synthetic ones stand in.")
         if self.cache.max_bytes and not augments(self._photos.dataset):
             self._fill(trainer.is_global_zero, getattr(datamodule, "num_workers", 0))
+        shown = [path for data in (self._photos, *held_out) for path in data.samples.image_path]
+        unread = [path for path in shown if path not in self._photos.kept]
+        check_photos(unread, "source images", decode=True, bit_depth=self.bit_depth)
         self._learn_keys()
 
     def _fill(self, visible: bool, num_workers: int) -> None:
@@ -212,7 +223,9 @@ class SourceReferences:
     def _features_of(self, path: str) -> Features:
         """Features of a reference photo."""
         kept = self.cache.get(path)
-        return kept.features if kept else encode_photo(self._model, self._pre_processor, read_photo(path))
+        return (
+            kept.features if kept else encode_photo(self._model, self._pre_processor, read_photo(path, self.bit_depth))
+        )
 
     def _rows(self, paths: list[str]) -> Rows:
         """Bank rows of some photos."""
@@ -244,7 +257,9 @@ class SourceReferences:
             category = pools.category_of[path]
             if category not in self._held_out:
                 drawn = pools.draw(path, self.k_shot, self.seed, category)
-                rows, _ = reference_rows(model, pre_processor, list(read_references(drawn).values()), rotations)
+                depth = self.bit_depth if read_header(drawn[0]).bits > 8 else "auto"
+                photos = read_references(drawn, depth).values()
+                rows, _ = reference_rows(model, pre_processor, photos, rotations)
                 device = next(model.parameters()).device
                 levels = [level.to(device) for level in as_list(rows)]
                 self._held_out[category] = rows_from_list(levels, model.bank.keyed)

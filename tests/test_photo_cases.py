@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Awkward photos on every way through the package: enrolled, trained on, `resad predict` and `anomalib predict`."""
+
+import csv
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from lightning.pytorch import seed_everything
+from PIL import Image
+
+from anomalib_resad import CrossCategory, ResAD, cli
+from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad.enrollment.photos import PhotoError, read_pixels
+from tests.conftest import DEFAULT, DISTANCE, SHARED, product, quiet_engine
+
+SIZES = ("line_scan.png", "large.png", "thread.png")
+
+
+def photo(seed: int, width: int = 96, height: int = 96) -> np.ndarray:
+    noise = np.random.default_rng(seed).normal(0, 18, (height, width, 1)) + np.array((120, 130, 140))
+    return (noise + 10 * np.sin(np.arange(width) / 5)[None, :, None]).clip(0, 255).astype(np.uint8)
+
+
+def drawn(folder: Path) -> None:
+    """The awkward photos, as those in the shared folder."""
+    for name in ("bit_depth", "orientation", "pages", "hidden/.thumbnails", "sizes", "damaged"):
+        (folder / name).mkdir(parents=True)
+    deep, orientation = photo(1).astype(np.uint16) * 16, Image.Exif()
+    orientation[274] = 6
+    (folder / "bit_depth/rgb12.ppm").write_bytes(b"P6\n96 96\n65535\n" + deep.byteswap().tobytes())
+    Image.fromarray(deep[..., 0]).save(folder / "bit_depth/gray12.png")
+    for name in ("turned.jpg", "turned.tif", "turned.png"):
+        Image.fromarray(photo(2, 96, 64)).save(folder / "orientation" / name, exif=orientation)
+    pages = [Image.fromarray(photo(seed)) for seed in (3, 4)]
+    pages[0].save(folder / "pages/two_pages.tif", save_all=True, append_images=pages[1:])
+    Image.fromarray(photo(5)).save(folder / "hidden/a.png")
+    Image.fromarray(photo(6)).save(folder / "hidden/.thumbnails/a.png")
+    (folder / "hidden/._a.png").write_bytes(b"Mac OS X")
+    for name, size in zip(SIZES, ((1000, 20_000), (7000, 7000), (8, 60_000)), strict=True):
+        Image.new("L", size, 99).save(folder / "sizes" / name)
+    Image.fromarray(photo(10)).save(folder / "damaged/whole.png")
+    Image.fromarray(photo(9, 300, 300)).save(folder / "damaged/half.png")
+    content = (folder / "damaged/half.png").read_bytes()
+    (folder / "damaged/half.png").write_bytes(content[: len(content) // 2])
+
+
+def shared(folder: Path) -> None:
+    runpy.run_path(str(SHARED / "cases/make_cases.py"))["main"](folder / "all")
+    for each in (folder / "all").iterdir():
+        each.rename(folder / each.name)
+
+
+@pytest.fixture(scope="module", params=["drawn", "shared"])
+def cases(request: pytest.FixtureRequest, share: Callable[..., Path]) -> Path:
+    if request.param == "shared" and not (SHARED / "cases/make_cases.py").is_file():
+        pytest.skip("no shared folder")
+    return share(f"cases_{request.param}", globals()[request.param])
+
+
+@pytest.fixture
+def good_photos(tmp_path: Path) -> Path:
+    (tmp_path / "good").mkdir()
+    for seed in (50, 51):
+        Image.fromarray(photo(seed)).save(tmp_path / f"good/{seed}.png")
+    return tmp_path / "good"
+
+
+def inspected(bundle: Path, photos: Path, folder: Path) -> dict[str, dict[str, str]]:
+    """`resad predict`: the rows of the table, by name."""
+    with suppress(SystemExit):
+        cli.predict(bundle, "part", photos, folder / "found", folder / "banks")
+    with (folder / "found/results.csv").open(encoding="utf-8-sig") as file:
+        return {row["photo"]: row for row in csv.DictReader(file)}
+
+
+def test_the_edge(cases: Path, bundle_default: Path, good_photos: Path, tmp_path: Path) -> None:
+    banks = tmp_path / "banks"
+    cli.enroll(bundle_default, "part", good_photos, banks, rotations=1)
+    rows = inspected(bundle_default, cases / "bit_depth", tmp_path)
+    assert all("more than 8 bits" in row["error"] and "where 8 are expected" in row["error"] for row in rows.values())
+    assert "2 pages" in inspected(bundle_default, cases / "pages", tmp_path)["two_pages.tif"]["error"]
+    rows = inspected(bundle_default, cases / "orientation", tmp_path)
+    scores = {name: float(row["raw_score"]) for name, row in rows.items()}
+    assert scores["turned.png"] == scores["turned.tif"]
+    pixels = {path.name: read_pixels(path).astype(float) for path in (cases / "orientation").iterdir()}
+    assert np.abs(pixels["turned.jpg"] - pixels["turned.png"]).mean() < 10
+    rows = inspected(bundle_default, cases / "hidden", tmp_path)
+    assert list(rows) == ["a.png"]
+    assert not rows["a.png"]["error"]
+    rows = inspected(bundle_default, cases / "damaged", tmp_path)
+    assert rows["whole.png"]["score"]
+    assert "unreadable" in rows["half.png"]["error"]
+
+
+def test_enrolling_on_the_edge(cases: Path, bundle_default: Path, tmp_path: Path) -> None:
+    inferencer = ResADInferencer(bundle_default, banks=tmp_path / "banks")
+    with pytest.raises(PhotoError, match="does not say how many it uses; give the camera's depth"):
+        inferencer.enroll("part", cases / "bit_depth", rotations=1)
+    assert inferencer.enroll("part", cases / "bit_depth", rotations=1, bit_depth=12).bit_depth == 12
+    for path in (cases / "bit_depth").iterdir():
+        assert np.isfinite(inferencer.predict(path, "part").raw_score)
+        assert 50 < read_pixels(path, 12).mean() < 200
+    reopened = ResADInferencer(bundle_default, banks=tmp_path / "banks")
+    with pytest.raises(PhotoError, match=r"whole\.png: 8 bits a channel, where 12 are expected"):
+        reopened.predict(cases / "damaged/whole.png", "part")
+    with pytest.raises(PhotoError, match="8 bits a channel, where 12 are expected"):
+        reopened.add("part", [cases / "damaged/whole.png"])
+    with pytest.raises(PhotoError, match=r"half\.png: unreadable"):
+        inferencer.enroll("damaged", cases / "damaged")
+    with pytest.raises(PhotoError, match="2 pages or frames"):
+        inferencer.enroll("pages", cases / "pages")
+    assert [each.name for each in inferencer.enroll("hidden", cases / "hidden", rotations=1).references] == ["a.png"]
+
+
+def test_sizes_take_little_memory(cases: Path, bundle_default: Path, tmp_path: Path) -> None:
+    """Enrolled in eight orientations, and inspected: under 1 GB beyond what a small photo takes."""
+    code = f"""
+import resource
+from pathlib import Path
+from PIL import Image
+from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad.deploy.pictures import overlay
+inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
+def all_of(path):
+    inferencer.enroll("part", [path], rotations=8, replace_existing=True)
+    found, pixels = inferencer.inspect(path, "part")
+    overlay(pixels, found.map)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # GB
+Image.new("RGB", (64, 64)).save({str(tmp_path / "small.png")!r})
+small = all_of({str(tmp_path / "small.png")!r})
+for name in ("line_scan.png", "large.png"):
+    assert all_of(Path({str(cases / "sizes")!r}) / name) - small < 1, name
+try:
+    all_of(Path({str(cases / "sizes")!r}) / "thread.png")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert "thread.png: 8 x 60000 pixels, more than 50 times as long as wide" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read where Linux shows it")
+def test_openvino_keeps_few_shapes(bundle_default: Path, tmp_path: Path) -> None:
+    """By default 5,000 of them, up to 1 MB each; the curve over that many sizes is in benchmarks/results."""
+    code = f"""
+from pathlib import Path
+import numpy as np
+from anomalib_resad.deploy import ResADInferencer
+inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
+def megabytes_after(heights):
+    for height in heights:
+        inferencer.encode(np.zeros((1, height, 300 - height % 7, 3), np.uint8))
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+print(-megabytes_after(range(100, 200)) + megabytes_after(range(200, 400)))
+"""
+    environment = os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}  # which is bounded too, by 1,024
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
+    assert float(done.stdout) < 30, done.stderr
+
+
+def predicted(folder: Path, data: Path, references: Path, **arguments: Any) -> dict[str, float]:
+    """`anomalib predict`: normalized scores by name."""
+    seed_everything(0)  # of the untrained backbone
+    model = ResAD(**DISTANCE, references=references, visualizer=False, **{"rotations": 1} | arguments)
+    found = quiet_engine(folder).predict(model, data_path=data, return_predictions=True)
+    assert found is not None
+    return {Path(batch.image_path[0]).name: batch.pred_score.item() for batch in found}  # type: ignore[union-attr, index]
+
+
+def test_anomalib_predict(cases: Path, good_photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(PhotoError, match=r"more than 8 bits a channel .*, where 8 are expected"):
+        predicted(tmp_path, cases / "bit_depth", good_photos)
+    with pytest.raises(PhotoError, match="does not say how many it uses"):
+        predicted(tmp_path, cases / "bit_depth", cases / "bit_depth")
+    scores = predicted(tmp_path, cases / "bit_depth", cases / "bit_depth", bit_depth=12)
+    assert all(score == pytest.approx(0.5, abs=0.01) for score in scores.values()), "no distance to itself"
+    with pytest.raises(PhotoError, match="8 bits a channel, where 12 are expected"):
+        predicted(tmp_path, good_photos, cases / "bit_depth", bit_depth=12)
+    scores = predicted(tmp_path, cases / "orientation", good_photos)
+    assert scores["turned.png"] == scores["turned.tif"] != 0.5
+    assert list(predicted(tmp_path, cases / "hidden", good_photos)) == ["a.png"]
+    with pytest.raises(PhotoError, match="2 pages or frames"):
+        predicted(tmp_path, cases / "pages", good_photos)
+    with pytest.raises(PhotoError, match=r"thread\.png: 8 x 60000 pixels, more than 50 times"):
+        predicted(tmp_path, cases / "sizes", good_photos)
+    with pytest.raises(PhotoError, match=r"half\.png: unreadable"):
+        predicted(tmp_path, cases / "damaged", good_photos)
+
+
+def test_deep_photos_score_as_their_copies_of_8_bits(cases: Path, good_photos: Path, tmp_path: Path) -> None:
+    for name in ("deep/good", "deep/new", "plain/good", "plain/new"):
+        (tmp_path / name).mkdir(parents=True)
+    for part, sources in (("good", good_photos.iterdir()), ("new", (cases / "damaged").glob("whole.png"))):
+        for path in sources:
+            values = np.round(np.asarray(Image.open(path).convert("L")) * (4095 / 255)).astype(np.uint16)
+            Image.fromarray(values).save(tmp_path / "deep" / part / path.name)
+            Image.fromarray(read_pixels(values, 12)).save(tmp_path / "plain" / part / path.name)
+    deep = predicted(tmp_path, tmp_path / "deep/new", tmp_path / "deep/good", bit_depth=12)
+    assert deep == predicted(tmp_path, tmp_path / "plain/new", tmp_path / "plain/good") != {"whole.png": 0.5}
+
+
+def test_stock_datamodules(cases: Path, good_photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/gray12.png").write_bytes((cases / "bit_depth/gray12.png").read_bytes())
+
+    def test(**arguments: Any) -> Any:
+        data = Folder("part", normal_dir=good_photos, abnormal_dir=tmp_path / "bad", num_workers=0)
+        model = ResAD(**DISTANCE, visualizer=False, rotations=1, references=good_photos, **arguments)
+        return quiet_engine(tmp_path).test(model, data)
+
+    with pytest.raises(PhotoError, match=r"gray12\.png: more than 8 bits a channel .*, where 8 are expected"):
+        test()
+    deep_of = Image.fromarray(np.round(photo(50)[..., 0] * (4095 / 255)).astype(np.uint16))
+    for path in (*good_photos.iterdir(), tmp_path / "bad/gray12.png"):
+        deep_of.save(path)
+    assert test(bit_depth=12)
+
+
+def source(folder: Path, change: Callable[[Path], object]) -> CrossCategory:
+    """Two small products to train on, one photo of which is changed."""
+    for name in ("one", "two"):
+        for index in range(6):
+            path = folder / name / ("train/good" if index < 4 else "test/good") / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(photo(index)).save(path)
+    change(folder / "two/train/good/3.png")
+    return CrossCategory([product(folder, "one"), product(folder, "two")], val_ratio=0.2, num_workers=0)
+
+
+def fit(folder: Path, data: CrossCategory, **arguments: Any) -> ResAD:
+    model = ResAD(**DEFAULT, visualizer=False, **arguments)
+    quiet_engine(folder, max_epochs=1).fit(model, datamodule=data)
+    return model
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_truncated_source_photo_is_named_before_the_first_epoch(
+    tmp_path: Path, cache_gb: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResAD, "training_step", lambda *_: pytest.fail("a step was taken"))
+    data = source(tmp_path, lambda path: path.write_bytes(path.read_bytes()[:900]))
+    with pytest.raises(PhotoError, match=r"3\.png: unreadable"):
+        fit(tmp_path, data, cache_gb=cache_gb)
+
+
+def test_unusable_source_photos_are_refused_before_training(cases: Path, tmp_path: Path) -> None:
+    for number, (name, message) in enumerate(
+        {
+            "bit_depth/gray12.png": "does not say how many",
+            "pages/two_pages.tif": "2 pages",
+            "sizes/thread.png": "50 times as long",
+        }.items()
+    ):
+        content = (cases / name).read_bytes()
+        data = source(tmp_path / str(number), lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
+        with pytest.raises(PhotoError, match=message):
+            fit(tmp_path, data)
+
+
+def test_deep_source_photos_are_trained_on_as_their_copies(cases: Path, tmp_path: Path) -> None:
+    deep = (cases / "bit_depth/gray12.png").read_bytes()
+    copy = Image.fromarray(read_pixels(cases / "bit_depth/gray12.png", 12))
+    weights = []
+    for name, change in (("deep", lambda path: path.write_bytes(deep)), ("plain", copy.save)):
+        seed_everything(0)
+        model = fit(tmp_path, source(tmp_path / name / "products", change), bit_depth=12)
+        weights.append(torch.cat([each.flatten() for each in model.model.estimator.parameters()]))
+    assert torch.equal(*weights)
