@@ -2,16 +2,18 @@
 
 """A trained ResAD in a Lightning checkpoint: checked when it is read, also where an earlier version wrote it."""
 
+import io
 import logging
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.pre_processing import PreProcessor
-from anomalib.utils.serialization import anomalib_safe_globals
 from torch import Tensor
 
+from anomalib_resad.checkpoint_io import REQUIRED, WHAT, parse_checkpoint, read_checkpoint
 from anomalib_resad.method.presets import (
     ARCHITECTURE,
     FLOW_TRAINING,
@@ -23,7 +25,7 @@ from anomalib_resad.method.presets import (
     resolve,
     settings_of,
 )
-from anomalib_resad.method.safe_load import load_weights_only
+from anomalib_resad.method.safe_load import read_file
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.torch_model import BUILD_ARGUMENTS, build
 
@@ -31,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # What a trained model is made of beside its method: restored from its checkpoint, whatever the constructor was given.
 BUILT_WITH = ("variant", "backbone", "layers", "sigma", "image_size", *ARCHITECTURE)
-# Constructor arguments without a default value that every method has had in every version.
-REQUIRED = ("backbone", "layers", "match", "sigma", "image_size")
 
 # Version 0.1.0 kept all parts beside each other, and called the estimator of the variant "fused" by the same name.
 PARTS_0_1 = {
@@ -119,16 +119,22 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
         ValueError: If the file is damaged, unsafe, or no ResAD.
         FileNotFoundError: If there is no such file.
     """
-    with anomalib_safe_globals():
-        content = load_weights_only(path, what="trained ResAD")
-    state, hyper_parameters = content.get("state_dict"), content.get("hyper_parameters")
-    missing = [name for name in REQUIRED if name not in (hyper_parameters or {})]
-    if not isinstance(state, dict) or missing:
-        msg = f"{path} is no ResAD checkpoint: it lacks {missing or 'state_dict'}. Train one with `anomalib train`."
-        raise ValueError(msg)
-    assert isinstance(hyper_parameters, dict)
-    upgraded = upgrade_hyper_parameters(hyper_parameters)
-    return content | {"hyper_parameters": upgraded, "state_dict": upgrade_state(state, upgraded["estimator"])}
+    content = read_checkpoint(path)
+    upgraded = upgrade_hyper_parameters(content["hyper_parameters"])
+    state = upgrade_state(content["state_dict"], upgraded["estimator"])
+    return content | {"hyper_parameters": upgraded, "state_dict": state}
+
+
+def restored_with(path: Path | str) -> tuple[io.BytesIO, dict[str, Any]]:
+    """What Lightning restores a model from: a checkpoint's bytes, which were checked, and the settings of its method.
+
+    Raises:
+        ValueError: If the file is damaged, unsafe, or no ResAD.
+        FileNotFoundError: If there is no such file.
+    """
+    file = read_file(path, WHAT)
+    upgraded = upgrade_hyper_parameters(parse_checkpoint(file, path)["hyper_parameters"])
+    return io.BytesIO(file), {name: upgraded[name] for name in ("variant", *SETTINGS)}
 
 
 def read_trained(path: Path, estimator: str | None) -> TrainedResAD:
@@ -209,15 +215,28 @@ def start_from(module: Any, path: Path, given: dict[str, Any], own_pre_processor
         if isinstance(module.post_processor, RankKeepingPostProcessor):
             module.post_processor.load_state_dict(trained.post_processor, strict=False)
     except RuntimeError as error:
-        msg = f"{path} does not fit this version of ResAD: {error} Train it again with `anomalib train`."
+        msg = f"{path} does not fit this version of ResAD: {_shortened(error)} Train it again with `anomalib train`."
         raise ValueError(msg) from error
 
 
 def adopt(module: Any, settings: dict[str, Any], given: dict[str, Any]) -> None:  # noqa: ANN401
-    """Build the torch model with a checkpoint's settings; what was given of the procedure goes before them."""
+    """Build the torch model with a checkpoint's settings; what was given of the procedure goes before them.
+
+    Raises:
+        ValueError: If they are none that a model can be built with.
+    """
     procedure = {name: given[name] for name in (*PROCEDURE, *FLOW_TRAINING) if given[name] is not None}
-    module.hparams.update(settings | resolve(settings["variant"], settings | procedure))
-    module.model = build(module.hparams, **{name: module.hparams[name] for name in BUILD_ARGUMENTS})
+    try:
+        module.hparams.update(settings | resolve(settings["variant"], settings | procedure))
+        module.model = build(module.hparams, **{name: module.hparams[name] for name in BUILD_ARGUMENTS})
+    except (RuntimeError, TypeError, LookupError, AttributeError) as error:  # of a file that this package did not write
+        msg = f"The checkpoint's settings make no model: {_shortened(error)}. Train it again with `anomalib train`."
+        raise ValueError(msg) from error
+
+
+def _shortened(error: Exception) -> str:
+    """What a library says, in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
 
 
 def restore(module: Any, checkpoint: dict[str, Any], given: dict[str, Any]) -> bool:  # noqa: ANN401

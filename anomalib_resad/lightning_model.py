@@ -23,7 +23,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
-from anomalib_resad.checkpoint import load_checkpoint, restore, start_from
+from anomalib_resad.checkpoint import restore, restored_with, start_from
+from anomalib_resad.checkpoint_io import CheckedCheckpoints
 from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
@@ -169,11 +170,11 @@ class ResAD(AnomalibModule):
         return RankKeepingPostProcessor()
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
-        """Anomalib's components, and before them the seeds, the enrollment, and the check of what anomalib reads."""
-        components = super().configure_callbacks()
-        assert isinstance(components, list)
+        """Anomalib's components, and before them the seeds, the enrollment, and the checks of what anomalib reads."""
+        components = cast("list[Callback]", super().configure_callbacks())
         given = [self.hparams[name] for name in ("k_shot", "references", "reference_seed", "false_alarm_rate")]
-        return [EpochSeeds(), FewShotReferences(*given), PhotoCheck(self.hparams["bit_depth"]), *components]
+        checks = [CheckedCheckpoints(), PhotoCheck(self.hparams["bit_depth"])]
+        return [EpochSeeds(), FewShotReferences(*given), *checks, *components]
 
     @property
     def learning_type(self) -> LearningType:
@@ -259,10 +260,9 @@ class ResAD(AnomalibModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Path | str, **kwargs: Any) -> "ResAD":  # type: ignore[override]  # noqa: ANN401
-        """Restore a checkpoint, also one of an earlier version; errors as of :func:`load_checkpoint`."""
-        upgraded = load_checkpoint(checkpoint_path)["hyper_parameters"]
-        given: dict[str, Any] = {name: upgraded[name] for name in ("variant", *SETTINGS)} | kwargs
-        return cast("ResAD", super().load_from_checkpoint(checkpoint_path, **given))
+        """Restore a checkpoint, also one of an earlier version; errors as of :func:`restored_with`."""
+        file, settings = restored_with(checkpoint_path)  # Lightning takes open files too
+        return cast("ResAD", super().load_from_checkpoint(file, **{"map_location": "cpu"} | settings | kwargs))  # type: ignore[arg-type]
 
     # -- anomalib's exports -------------------------------------------------------------------------------------------
 

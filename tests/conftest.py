@@ -20,6 +20,7 @@ from lightning.pytorch import seed_everything
 from PIL import Image
 
 from anomalib_resad import CrossCategory, ProductFolder, ResAD
+from anomalib_resad.checkpoint_io import CHECKSUM, checksum
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, read_manifest
 from anomalib_resad.export.edge_bundle import export_bundle
@@ -140,6 +141,13 @@ def train(folder: Path, products: Path, epochs: int, **settings: Any) -> None:
     engine.fit(ResAD(**settings, visualizer=False), datamodule=cross_category(products))
     assert engine.best_model_path
     shutil.copy(engine.best_model_path, folder / "model.ckpt")
+
+
+def rewrite(content: dict[str, Any], path: Path, checked: bool = False) -> Path:
+    """Save the changed content of a checkpoint, as one without a checksum, or with the one that it now has."""
+    content.pop(CHECKSUM, None)
+    torch.save(content | ({CHECKSUM: checksum(content)} if checked else {}), path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from anomalib_resad.export.anomalib_export import write_thresholds
 from anomalib_resad.method.features import Features
 from anomalib_resad.method.reference_bank import BankRecord, Rows
 from anomalib_resad.reference_rows import leave_one_out, read_photo
-from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine
+from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine, rewrite
 
 
 def enroll(trained: Path, products: Path, folder: Path, **arguments: object) -> tuple[ResAD, Path]:
@@ -207,7 +207,7 @@ def test_earlier_checkpoints_have_no_spread(trained: Path, tmp_path: Path) -> No
     content = torch.load(trained, weights_only=True)
     for name in ("product_threshold", "spread"):
         del content["state_dict"][f"post_processor.{name}"]
-    torch.save(content, tmp_path / "earlier.ckpt")
+    rewrite(content, tmp_path / "earlier.ckpt")
     for model in (ResAD.load_from_checkpoint(tmp_path / "earlier.ckpt"), ResAD(checkpoint=tmp_path / "earlier.ckpt")):
         assert model.post_processor.has_statistics
         assert torch.isnan(model.post_processor.spread)

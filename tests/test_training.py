@@ -16,7 +16,7 @@ from anomalib_resad.reference_rows import read_photo
 from anomalib_resad.torch_model import resad
 from anomalib_resad.training.feature_cache import FeatureCache, Picture
 from anomalib_resad.training.source_photos import SourceBatch
-from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine
+from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine, rewrite
 from tests.test_backbone import Exploit
 
 SMALL = {"backbone": "resnet18", "pre_trained": False}
@@ -238,7 +238,7 @@ def test_bad_checkpoints(trained: Path, tmp_path: Path) -> None:
         ResAD(checkpoint=tmp_path / "none.ckpt")
     content = torch.load(trained, weights_only=True)
     content["state_dict"]["model.estimator.constraintors.0.conv.weight"][0] = float("nan")
-    torch.save(content, tmp_path / "nan.ckpt")
+    rewrite(content, tmp_path / "nan.ckpt", checked=True)
     with pytest.raises(ValueError, match="training diverged"):
         ResAD(checkpoint=tmp_path / "nan.ckpt")
     for argument in ("residual", "estimator", "match"):

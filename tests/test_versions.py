@@ -11,6 +11,7 @@ import torch
 from anomalib_resad import ResAD
 from anomalib_resad.checkpoint import PARTS_0_1, upgrade_hyper_parameters
 from anomalib_resad.method.presets import PRESETS, SETTINGS
+from tests.conftest import rewrite
 
 # What 0.1.0 stored for settings that a method does not have.
 UNUSED = {"residual": "difference", "constraintor": "none", "occ": "none", "coupling_layers": 0, "push_pull": "hinge"}
@@ -38,8 +39,7 @@ def as_0_1_0(path: Path, folder: Path) -> Path:
     if is_head:
         state["model.anomaly_map.ceilings"] = torch.full((1,), float("nan"))
     content["state_dict"] = state
-    torch.save(content, folder / "earlier.ckpt")
-    return folder / "earlier.ckpt"
+    return rewrite(content, folder / "earlier.ckpt")
 
 
 @pytest.fixture(params=["trained", "trained_plus", "trained_default"])
@@ -80,7 +80,7 @@ def test_checkpoints_from_before_the_variants_are_the_first_method(
     for key in ("variant", "constraintor", "occ", "codebook_size", "efdm", "abnormal_gaussian", "push_pull", "warmup"):
         del content["hyper_parameters"][key]
     del content["hyper_parameters"]["estimator"], content["hyper_parameters"]["projection"]
-    torch.save(content, tmp_path / "first.ckpt")
+    rewrite(content, tmp_path / "first.ckpt")
     expected = evaluate(ResAD.load_from_checkpoint(trained), images)
     for model in (
         ResAD.load_from_checkpoint(tmp_path / "first.ckpt"),

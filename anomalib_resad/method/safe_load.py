@@ -4,13 +4,18 @@
 
 import io
 import pickle
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
+
+# What the libraries raise for damaged files.
+UNREADABLE = (EOFError, RuntimeError, BadZipFile, SafetensorError, OSError, LookupError, TypeError, ValueError)
 
 
 def load_weights_only(path: Path | str, what: str) -> dict[str, Any]:
@@ -48,17 +53,34 @@ def parse_weights_only(content: bytes, path: Path | str, what: str) -> dict[str,
     try:
         if Path(path).suffix == ".safetensors":
             return load(content)
+        _check_members(content)
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        msg = (
-            f"{path} was not loaded: it is damaged, or holds Python objects that would run code when loaded, while "
-            f"{what} are tensors and plain data only. Copy the file again, or ask its author for a plain one. ({error})"
-        )
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        msg = f"{path} is damaged or no {what} file ({len(content)} bytes). Copy the file again."
+        if asked:
+            msg = (
+                f"{path} was not loaded: it is damaged, or holds Python objects ({asked[1]}) that would run code when "
+                f"loaded, while {what} are tensors and plain data only. Copy the file again, or ask its author for a "
+                "plain one."
+            )
         raise ValueError(msg) from error
-    except (EOFError, RuntimeError, BadZipFile, SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        msg = f"{path} is damaged or no {what} file ({len(content)} bytes): {error}. Copy the file again."
+    except UNREADABLE as error:
+        why = textwrap.shorten(str(error) or type(error).__name__, 300)
+        msg = f"{path} is damaged or no {what} file ({len(content)} bytes): {why}. Copy the file again."
         raise ValueError(msg) from error
     if not isinstance(found, dict):
         msg = f"{path} holds a {type(found).__name__}, not the dictionary of {what}."
         raise ValueError(msg)  # noqa: TRY004  # a wrong file, not a wrong argument
     return found
+
+
+def _check_members(content: bytes) -> None:
+    """Compare each part of PyTorch's archive with its CRC-32, which PyTorch writes and does not read."""
+    if content[:2] != b"PK":  # the format of before 2020
+        return
+    with ZipFile(io.BytesIO(content)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        msg = f"its part {damaged} does not match its checksum"
+        raise BadZipFile(msg)
