@@ -98,6 +98,8 @@ MUTATIONS = [
              "test_fused_training"),
     Mutation("training/epoch_seeds.py", "every epoch alike", "self._seed(trainer, trainer.current_epoch)",
              "self._seed(trainer, 0)", "test_distributed"),
+    Mutation("training/epoch_seeds.py", "the command line's seed is forgotten", "if type(seed) is int and",
+             "if seed is None and", "test_seeds"),
     Mutation("lightning_model.py", "frozen statistics are averaged",
              "average_batch_norms(self.model.estimator.modules())", "average_batch_norms(self.model.modules())",
              "test_distributed"),

@@ -7,9 +7,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from anomalib.utils import config
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from anomalib_resad.enrollment.draws import seeded
+
+
+def heed_seed_everything() -> None:
+    """Let anomalib's command line do for a ResAD what its option ``--seed_everything`` promises.
+
+    anomalib 2.7 takes the option and never looks at it again. All of its verbs but ``export`` and the pipelines hand
+    their configuration to ``update_config`` right before they build the model, whose first weights are drawn then. The
+    default, ``true``, stands for a random seed, which PyTorch has without being asked.
+    """
+    update = config.update_config
+
+    def seeded_update(given: Any) -> Any:  # noqa: ANN401  # of update_config
+        model, seed = given.get("model") or {}, given.get("seed_everything")
+        if type(seed) is int and str(model.get("class_path")).rpartition(".")[2] == "ResAD":
+            seed_everything(seed, workers=True)
+        return update(given)
+
+    config.update_config = seeded_update  # type: ignore[assignment]  # which names the type of its argument
 
 
 class EpochSeeds(Callback):
