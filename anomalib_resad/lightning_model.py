@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from anomalib_resad.checkpoint import restore, restored_with, start_from
 from anomalib_resad.checkpoint_io import CheckedCheckpoints
 from anomalib_resad.data.photo_check import PhotoCheck
+from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
@@ -96,6 +97,7 @@ class ResAD(AnomalibModule):
     """
 
     model: ResADModel
+    configure_visualizer = PhotoVisualizer
 
     def __init__(
         self,
@@ -186,8 +188,6 @@ class ResAD(AnomalibModule):
         """With nothing left to train, one step of one epoch, so that `fit` enrolls, validates and saves."""
         once: dict[str, Any] = {} if self.is_trainable else {"max_epochs": 1, "limit_train_batches": 1}
         return {"num_sanity_val_steps": 0, "gradient_clip_val": 0} | once
-
-    # -- training and validation --------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         """Prepare a distributed training, whose steps leave parts of the model idle; take over the source photos."""

@@ -20,6 +20,7 @@ from lightning.pytorch import seed_everything
 from PIL import Image
 
 from anomalib_resad import CrossCategory, ResAD, cli
+from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.photos import PhotoError, read_pixels
 from tests.conftest import DEFAULT, DISTANCE, SHARED, product, quiet_engine
@@ -129,6 +130,7 @@ def test_sizes_take_little_memory(cases: Path, bundle_default: Path, tmp_path: P
 import resource
 from pathlib import Path
 from PIL import Image
+from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
 inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
@@ -156,6 +158,7 @@ def test_openvino_keeps_few_shapes(bundle_default: Path, tmp_path: Path) -> None
     code = f"""
 from pathlib import Path
 import numpy as np
+from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.deploy import ResADInferencer
 inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
 def megabytes_after(heights):
@@ -198,6 +201,22 @@ def test_anomalib_predict(cases: Path, good_photos: Path, tmp_path: Path) -> Non
         predicted(tmp_path, cases / "sizes", good_photos)
     with pytest.raises(PhotoError, match=r"half\.png: unreadable"):
         predicted(tmp_path, cases / "damaged", good_photos)
+
+
+def test_pictures_show_photos_as_they_were_read(cases: Path, tmp_path: Path) -> None:
+    """Not white, and not turned."""
+    for name in ("bit_depth", "orientation"):
+        model = ResAD(**DISTANCE, references=cases / name, rotations=1, bit_depth=12 if name == "bit_depth" else "auto")
+        assert isinstance(model.visualizer, PhotoVisualizer)
+        model.visualizer.fields, model.visualizer.overlay_fields = ["image"], None
+        model.visualizer.field_size = (96, 96) if name == "bit_depth" else (96, 64)
+        model.visualizer.text_config = {"enable": False}
+        data = {"bit_depth": "gray12.png", "orientation": "turned.tif"}[name]
+        found = quiet_engine(tmp_path).predict(model, data_path=cases / name / data, return_predictions=True)
+        assert found is not None
+        assert found[0].image_path == [str(cases / name / data)]  # type: ignore[union-attr]
+        (drawn,) = (tmp_path / "ResAD").rglob(data)
+        assert np.array_equal(np.asarray(Image.open(drawn)), read_pixels(cases / name / data, 12))
 
 
 def test_deep_photos_score_as_their_copies_of_8_bits(cases: Path, good_photos: Path, tmp_path: Path) -> None:
@@ -244,6 +263,32 @@ def fit(folder: Path, data: CrossCategory, **arguments: Any) -> ResAD:
     model = ResAD(**DEFAULT, visualizer=False, **arguments)
     quiet_engine(folder, max_epochs=1).fit(model, datamodule=data)
     return model
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "fits"), [(6, (96, 64), True), (6, (64, 96), False), (3, (96, 64), False)]
+)
+def test_masks_of_photos_that_are_shown_turned(
+    tmp_path: Path, orientation: int, size: tuple[int, int], fits: bool
+) -> None:
+    """A mask fits the pixels as they are stored; where its size does not tell, the photo is refused."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    photos = source(tmp_path / "p", lambda _: None)
+    for name in ("test/hole/0.png", "ground_truth/hole/0_mask.png"):
+        path = tmp_path / "p/two" / name
+        path.parent.mkdir(parents=True)
+        if "mask" in name:
+            mask = np.zeros(size[::-1], np.uint8)
+            mask[10:20, 10:20] = 255
+            Image.fromarray(mask).save(path)
+        else:
+            Image.fromarray(photo(0, 96, 64)).save(path, exif=exif)
+    if fits:
+        fit(tmp_path, photos)
+    else:
+        with pytest.raises(PhotoError, match=r"0\.png: .*orientation.*; save it turned"):
+            fit(tmp_path, photos)
 
 
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0])

@@ -22,7 +22,14 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_resad.data.product_folder import SamplesDataset, as_image
 from anomalib_resad.enrollment.decoding import BitDepth
-from anomalib_resad.enrollment.photos import check_photos, is_hidden, read_header, read_like
+from anomalib_resad.enrollment.photos import (
+    check_photos,
+    is_hidden,
+    is_read_alike,
+    mask_may_be_turned,
+    read_like,
+    refuse,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +63,7 @@ class PhotoCheck(Callback):
                 dataset.bit_depth = self.bit_depth
                 self._own.update(_paths(dataset))
             check_photos(_paths(dataset), "photos", bit_depth=self.bit_depth if stage == "fit" else None)
+            _check_masks(dataset)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse photos of another bit depth than those in the bank, which was filled just now.
@@ -101,7 +109,7 @@ class PhotoCheck(Callback):
         if not isinstance(images, Tensor) or not getattr(batch, "image_path", None):
             return
         others = [index for index, path in enumerate(batch.image_path) if path not in self._own]
-        wrong = [index for index in others if not read_header(batch.image_path[index]).is_plain]
+        wrong = [index for index in others if not is_read_alike(batch.image_path[index])]
         if not wrong:
             return
         photos = list(images)
@@ -145,6 +153,20 @@ def _paths(dataset: Any) -> list[str]:  # noqa: ANN401
     if isinstance(dataset, PredictDataset):
         return [str(path) for path in dataset.image_filenames]
     return [str(path) for path in dataset.samples.get("image_path", ())]
+
+
+def _check_masks(dataset: Any) -> None:  # noqa: ANN401
+    """Refuse photos that may be turned differently than their masks.
+
+    Raises:
+        PhotoError: If there are some.
+    """
+    samples = getattr(dataset, "samples", {})
+    pairs = zip(samples.get("image_path", ()), samples.get("mask_path", ()), strict=False)
+    drawn = [(path, mask) for path, mask in pairs if isinstance(mask, str) and Path(mask).is_file()]
+    why = "it has an orientation (EXIF or TIFF), and its mask may be of the picture as it is stored or as it is shown"
+    turned = [f"{path}: {why}; save it turned" for path, mask in drawn if mask_may_be_turned(path, mask)]
+    refuse(turned, "photos with masks")
 
 
 def _leave_out_hidden(dataset: PredictDataset) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from anomalib_resad.enrollment.decoding import (
+    AS_STORED,
     FORMATS,
     HEAD,
     SMALLEST_SIDE,
@@ -131,6 +132,31 @@ def read_header(path: Path | str) -> Header:
     except Exception as error:
         msg = f"unreadable ({error or type(error).__name__})"
         raise PhotoError(msg) from error
+
+
+def is_read_alike(path: Path | str) -> bool:
+    """Whether anomalib's own reading gives the same pixels; what is no file is not read here.
+
+    Raises:
+        PhotoError: If it cannot be a photo.
+    """
+    return not Path(path).is_file() or read_header(path).is_plain
+
+
+def mask_may_be_turned(path: Path | str, mask: Path | str) -> bool:
+    """Whether a photo is to be shown turned (EXIF, TIFF), and the size of its mask does not tell which way that is.
+
+    Photos are read as they are stored. Some tools that draw masks show them turned, and save the mask so.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image, Image.open(mask) as drawn:
+            known = image.format == "TIFF" or "exif" in image.info  # else Pillow looks behind the pixels of a PNG
+            orientation = image.getexif().get(274, 1) if known else 1
+            stored = image.size if image.format != "TIFF" or orientation < 5 else image.size[::-1]
+            sides_swapped = orientation >= 5 and stored[0] != stored[1]
+            return orientation in AS_STORED and not (sides_swapped and drawn.size == stored)
+    except Exception:  # noqa: BLE001  # Pillow raises whatever a damaged file leads to; other checks say so
+        return False
 
 
 def photo_problem(

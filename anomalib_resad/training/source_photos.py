@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Resize
 
 from anomalib_resad.enrollment.decoding import BitDepth
-from anomalib_resad.enrollment.photos import read_header
+from anomalib_resad.enrollment.photos import is_read_alike
 from anomalib_resad.reference_rows import read_photo
 
 WHOLE = "data"  # category of datamodules that have only one
@@ -119,7 +119,7 @@ class SourcePhotos(Dataset):
             msg = f"{path} is defective and has no mask. Train with CrossCategory, which leaves such images out."
             raise ValueError(msg)
         mask = item.gt_mask if label == LabelName.ABNORMAL else None
-        plain = read_header(path).is_plain  # else anomalib's own data sets read other pixels
+        plain = is_read_alike(path)  # else anomalib's own data sets read other pixels
         return SourcePhoto(
             path, label, torch.as_tensor(item.image) if plain else read_photo(path, self.bit_depth), mask
         )
