@@ -142,6 +142,11 @@ def on_the_edge(path: Path, cells: list[str], column: str) -> list[float]:
     return [value for key, value in result.items() if re.fullmatch(ON_THE_EDGE[cells[0]], key)]
 
 
+def memory_by_sizes(path: Path, cells: list[str], column: str) -> list[float]:
+    keeps = "5000" if "default" in cells[0] else "64"
+    return [float(the(records(path), keeps=keeps, sizes=number_of(column))["megabytes"])]
+
+
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "time over the backbone": time_over_backbone,
@@ -150,6 +155,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "other precisions and batches": cost_over_backbone,
     "seconds by epoch": training_by_epoch,
     "by backbone": on_the_edge,
+    "megabytes by sizes": memory_by_sizes,
 }
 
 

@@ -15,14 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from anomalib.data import Folder
+from anomalib.data import Folder, ImageBatch
+from anomalib.data.utils import read_image
 from lightning.pytorch import seed_everything
 from PIL import Image
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_resad import CrossCategory, ResAD, cli
+from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.data.pictures import PhotoVisualizer
+from anomalib_resad.data.product_folder import as_image
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.photos import PhotoError, read_pixels
+from anomalib_resad.method.reference_bank import BankRecord
 from tests.conftest import DEFAULT, DISTANCE, SHARED, product, quiet_engine
 
 SIZES = ("line_scan.png", "large.png", "thread.png")
@@ -130,7 +135,9 @@ def test_sizes_take_little_memory(cases: Path, bundle_default: Path, tmp_path: P
 import resource
 from pathlib import Path
 from PIL import Image
+from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.data.pictures import PhotoVisualizer
+from anomalib_resad.data.product_folder import as_image
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.pictures import overlay
 inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
@@ -158,7 +165,9 @@ def test_openvino_keeps_few_shapes(bundle_default: Path, tmp_path: Path) -> None
     code = f"""
 from pathlib import Path
 import numpy as np
+from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.data.pictures import PhotoVisualizer
+from anomalib_resad.data.product_folder import as_image
 from anomalib_resad.deploy import ResADInferencer
 inferencer = ResADInferencer({str(bundle_default)!r}, banks={str(tmp_path)!r}, threads=1)
 def megabytes_after(heights):
@@ -246,6 +255,26 @@ def test_stock_datamodules(cases: Path, good_photos: Path, tmp_path: Path) -> No
     for path in (*good_photos.iterdir(), tmp_path / "bad/gray12.png"):
         deep_of.save(path)
     assert test(bit_depth=12)
+
+
+def test_batches_that_anomalib_read_are_mended(cases: Path, good_photos: Path) -> None:
+    """16-bit gray is white there, and a TIFF is turned."""
+    model = ResAD(**DISTANCE, visualizer=False)
+    model.model.bank.record = BankRecord(bit_depth=12)
+    paths = [str(cases / "bit_depth" / name) for name in ("gray12.png", "rgb12.ppm")]
+    batch = ImageBatch(torch.stack([read_image(path, as_tensor=True) for path in paths]), image_path=paths)
+    PhotoCheck().on_test_batch_start(None, model, batch, 0)
+    assert torch.equal(batch.image, torch.stack([as_image(read_pixels(path, 12)) for path in paths]))
+    model.model.bank.record = BankRecord()
+    paths = [str(cases / "orientation/turned.tif"), str(good_photos / "50.png")]
+    resized = [resize(read_image(path, as_tensor=True), [64, 64], antialias=True) for path in paths]
+    batch = ImageBatch(torch.stack(resized), image_path=paths)
+    PhotoCheck().on_test_batch_start(None, model, batch, 0)
+    stored = resize(as_image(read_pixels(paths[0])), [64, 64], antialias=True)
+    assert torch.allclose(batch.image, torch.stack([stored, resized[1]]), atol=1e-6)
+    batch = ImageBatch(torch.stack(resized), image_path=[paths[1], "no file"])
+    PhotoCheck().on_test_batch_start(None, model, batch, 0)
+    assert torch.equal(batch.image, torch.stack(resized)), "what anomalib reads alike stays"
 
 
 def source(folder: Path, change: Callable[[Path], object]) -> CrossCategory:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from anomalib.data import ImageItem
+from anomalib.data.datasets.base.video import AnomalibVideoDataset
 from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,6 +36,26 @@ from anomalib_resad.enrollment.photos import (
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train_data", "val_data", "test_data", "reference_data")
+
+
+class PredictPhotos(PredictDataset):
+    """anomalib's photos to predict on, read by the rules.
+
+    Attributes:
+        bit_depth (int): Bits of a channel of all of them.
+    """
+
+    bit_depth: int = 8
+
+    def __getitem__(self, index: int) -> ImageItem:
+        """One photo.
+
+        Raises:
+            PhotoError: If it cannot be used.
+        """
+        path = self.image_filenames[index]
+        image = as_image(read_like(path, self.bit_depth))
+        return ImageItem(image=self.transform(image) if self.transform else image, image_path=str(path))
 
 
 class PhotoCheck(Callback):
@@ -57,10 +79,12 @@ class PhotoCheck(Callback):
         """
         del pl_module
         for dataset in _datasets(trainer, stage):
-            if isinstance(dataset, PredictDataset):
+            if type(dataset) is PredictDataset:
+                dataset.__class__ = PredictPhotos  # a loader does not let its data set be replaced
                 _leave_out_hidden(dataset)
             if isinstance(dataset, SamplesDataset):
                 dataset.bit_depth = self.bit_depth
+            if isinstance(dataset, SamplesDataset | PredictPhotos):
                 self._own.update(_paths(dataset))
             check_photos(_paths(dataset), "photos", bit_depth=self.bit_depth if stage == "fit" else None)
             _check_masks(dataset)
@@ -85,7 +109,7 @@ class PhotoCheck(Callback):
     def _check_depth(trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: ANN401  # a ResAD
         bit_depth = pl_module.model.bank.record.bit_depth
         for dataset in _datasets(trainer, stage):
-            if isinstance(dataset, SamplesDataset):
+            if isinstance(dataset, SamplesDataset | PredictPhotos):
                 dataset.bit_depth = bit_depth
             check_photos(_paths(dataset), "photos", bit_depth=bit_depth, exact=True)
 
@@ -145,7 +169,7 @@ def _datasets(trainer: Trainer, stage: str) -> Iterator[Any]:
     datamodule: Any = getattr(trainer, "datamodule", None)
     for split in ("test_data",) if stage in ("test", "predict") else SPLITS:
         dataset = getattr(datamodule, split, None)
-        if hasattr(dataset, "samples"):
+        if hasattr(dataset, "samples") and not isinstance(dataset, AnomalibVideoDataset):  # whose files are no photos
             yield dataset
 
 

@@ -10,7 +10,7 @@ from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from anomalib_resad.enrollment.photos import is_read_alike, read_like
+from anomalib_resad.enrollment.photos import read_header, read_like
 
 
 class PhotoVisualizer(ImageVisualizer):
@@ -30,7 +30,7 @@ class PhotoVisualizer(ImageVisualizer):
         shown = list(paths or ())
         with TemporaryDirectory() as folder:
             for index, path in enumerate(shown):
-                if not is_read_alike(path):
+                if Path(path).is_file() and not read_header(path).is_shown_alike:
                     copy = Path(folder, *Path(path).absolute().parts[1:])  # its name is made of the folders
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(read_like(path, pl_module.model.bank.record.bit_depth)).save(copy, "PNG")

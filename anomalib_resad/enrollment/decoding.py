@@ -68,9 +68,14 @@ class Header:
         return int(np.ceil(np.sqrt(self.width * self.height / MOST_KEPT)))
 
     @property
+    def is_shown_alike(self) -> bool:
+        """Whether ``Image.open(...).convert("RGB")``, as anomalib reads photos, shows the same picture."""
+        return self.bits <= 8 and self.turned not in AS_STORED
+
+    @property
     def is_plain(self) -> bool:
-        """Whether ``Image.open(...).convert("RGB")``, as anomalib reads photos, gives the same pixels."""
-        return self.bits <= 8 and self.turned not in AS_STORED and self.reduction <= 1
+        """Whether it gives the same pixels."""
+        return self.is_shown_alike and self.reduction <= 1
 
 
 def check_bit_depth(bit_depth: object) -> None:
