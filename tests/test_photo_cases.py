@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,21 @@ def test_batches_that_anomalib_read_are_mended(cases: Path, good_photos: Path) -
     batch = ImageBatch(torch.stack(resized), image_path=[paths[1], "no file"])
     PhotoCheck().on_test_batch_start(None, model, batch, 0)
     assert torch.equal(batch.image, torch.stack(resized)), "what anomalib reads alike stays"
+
+
+def test_synthetic_validation_of_deep_photos_is_refused(cases: Path, tmp_path: Path) -> None:
+    """anomalib would paint on white."""
+    source(tmp_path / "p", lambda path: path.write_bytes((cases / "bit_depth/gray12.png").read_bytes()))
+    data = product(tmp_path / "p", "two", val_split_mode="synthetic")
+    with pytest.raises(PhotoError, match="synthetic defects on what it reads"):
+        quiet_engine(tmp_path, max_epochs=1).fit(ResAD(**DEFAULT, visualizer=False, bit_depth=12), datamodule=data)
+
+
+def test_the_bit_depth_stays_with_the_bank() -> None:
+    record = BankRecord(bit_depth=12)
+    assert BankRecord.from_plain(asdict(record)) == record
+    old = {name: value for name, value in asdict(record).items() if name != "bit_depth"}
+    assert BankRecord.from_plain(old).bit_depth == 8
 
 
 def source(folder: Path, change: Callable[[Path], object]) -> CrossCategory:

@@ -18,6 +18,7 @@ from anomalib.data import ImageItem
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
 from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
+from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
@@ -29,6 +30,7 @@ from anomalib_resad.enrollment.photos import (
     is_hidden,
     is_read_alike,
     mask_may_be_turned,
+    read_header,
     read_like,
     refuse,
 )
@@ -88,6 +90,8 @@ class PhotoCheck(Callback):
                 self._own.update(_paths(dataset))
             check_photos(_paths(dataset), "photos", bit_depth=self.bit_depth if stage == "fit" else None)
             _check_masks(dataset)
+            if isinstance(dataset, SyntheticAnomalyDataset):
+                _check_painted(_paths(trainer.datamodule.train_data))  # type: ignore[attr-defined]
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse photos of another bit depth than those in the bank, which was filled just now.
@@ -191,6 +195,18 @@ def _check_masks(dataset: Any) -> None:  # noqa: ANN401
     why = "it has an orientation (EXIF or TIFF), and its mask may be of the picture as it is stored or as it is shown"
     turned = [f"{path}: {why}; save it turned" for path, mask in drawn if mask_may_be_turned(path, mask)]
     refuse(turned, "photos with masks")
+
+
+def _check_painted(paths: list[str]) -> None:
+    """Refuse photos that anomalib has painted synthetic defects on, and has read wrongly for that.
+
+    Raises:
+        PhotoError: If there are some.
+    """
+    why = (
+        "anomalib paints its synthetic defects on what it reads, which is not this photo; save it in 8 bits, not turned"
+    )
+    refuse([f"{path}: {why}" for path in paths if not read_header(path).is_shown_alike], "photos for synthetic defects")
 
 
 def _leave_out_hidden(dataset: PredictDataset) -> None:

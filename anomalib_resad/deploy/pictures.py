@@ -20,6 +20,8 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) 
     height, width = pixels.shape[:2]
     resized = Image.fromarray(anomaly_map.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
     value = np.clip(np.asarray(resized), 0, 1)[:, :, None]
-    color = np.concatenate([np.ones_like(value), np.clip(2 * value - 1, 0, 1), np.zeros_like(value)], axis=2) * 255
     strength = 0.8 * np.clip(2 * value - 0.4, 0, 1)
-    return Image.fromarray((pixels * (1 - strength) + color * strength).astype(np.uint8))
+    picture = pixels * (1 - strength)
+    for channel, color in enumerate((1.0, np.clip(2 * value[..., 0] - 1, 0, 1))):  # red, and with green yellow
+        picture[..., channel] += color * 255 * strength[..., 0]
+    return Image.fromarray(picture.astype(np.uint8))
