@@ -12,6 +12,9 @@ from anomalib_resad import CrossCategory, ProductFolder
 from anomalib_resad.data.cross_category import category_samples
 from tests.conftest import cross_category, product
 
+SPOT = Image.new("RGB", (20, 20))
+SPOT.paste("white", (5, 5, 9, 9))
+
 
 def test_source_gives_everything_and_target_stays_apart(products: Path) -> None:
     data = cross_category(products)
@@ -60,7 +63,7 @@ def test_photos_in_subfolders_count_and_brackets_find_their_masks(tmp_path: Path
     for name in (f"{each}.png" for each in (*photos, *masks_of)):
         path = tmp_path / "part" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(path)
+        SPOT.save(path)
     data = product(tmp_path, "part")
     data.setup()
     assert len(data.train_data) == 2
@@ -145,7 +148,7 @@ def test_product_folder_any_format_and_masks_optional(tmp_path: Path) -> None:
     ):
         path = tmp_path / "part" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20)).save(path)
+        SPOT.save(path)
     data = product(tmp_path, "part")
     data.setup()
     assert data.train_data.samples.image_path.tolist() == [str(tmp_path / "part/train/good/a.jpg")]

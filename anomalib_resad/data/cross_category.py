@@ -14,7 +14,8 @@ from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from pandas import DataFrame
 
-from anomalib_resad.data.product_folder import SamplesDataset
+from anomalib_resad.data.masks import check_masks, listed
+from anomalib_resad.data.product_folder import ProductFolder, SamplesDataset
 from anomalib_resad.enrollment.draws import draw, seeded
 from anomalib_resad.enrollment.photos import check_photos
 
@@ -62,13 +63,16 @@ def category_samples(datamodule: AnomalibDataModule) -> DataFrame:
         samples["mask_path"] = None
     has_mask = samples.mask_path.map(lambda path: isinstance(path, str) and Path(path).is_file())
     samples["mask_path"] = samples.mask_path.where(has_mask, "")  # some data sets say NaN, which anomalib cannot read
-    usable = (samples.label_index == LabelName.NORMAL) | has_mask
+    if not isinstance(datamodule, ProductFolder):  # which did it
+        samples = check_masks(samples, name)
+    usable = (samples.label_index == LabelName.NORMAL) | (samples.mask_path != "")
     if not usable.all():
         logger.warning(
-            "%s: %d of %d defective images have no mask and are left out of training.",
+            "%s: %d of %d defective images have no mask and are left out of training: %s.",
             name,
             int((~usable).sum()),
             int((samples.label_index != LabelName.NORMAL).sum()),
+            listed(samples.image_path[~usable].tolist()),
         )
     samples = samples[usable].reset_index(drop=True)
     if not (samples.label_index == LabelName.NORMAL).any():

@@ -23,13 +23,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
+from anomalib_resad.data.masks import check_masks
 from anomalib_resad.data.product_folder import SamplesDataset, as_image
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import (
     check_photos,
     is_hidden,
     is_read_alike,
-    mask_may_be_turned,
     read_header,
     read_like,
     refuse,
@@ -74,7 +74,7 @@ class PhotoCheck(Callback):
     # -- before anything is computed ----------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the headers of all files; of a folder to predict on, leave out hidden ones.
+        """Check the headers of all files, and all masks; of a folder to predict on, leave out hidden ones.
 
         Raises:
             PhotoError: If some cannot be used.
@@ -89,9 +89,10 @@ class PhotoCheck(Callback):
             if isinstance(dataset, SamplesDataset | PredictPhotos):
                 self._own.update(_paths(dataset))
             check_photos(_paths(dataset), "photos", bit_depth=self.bit_depth if stage == "fit" else None)
-            _check_masks(dataset)
             if isinstance(dataset, SyntheticAnomalyDataset):
                 _check_painted(_paths(trainer.datamodule.train_data))  # type: ignore[attr-defined]
+            elif not isinstance(dataset, SamplesDataset | PredictDataset) and stage != "predict":
+                check_masks(dataset.samples, "the data set", as_anomalib=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse photos of another bit depth than those in the bank, which was filled just now.
@@ -181,20 +182,6 @@ def _paths(dataset: Any) -> list[str]:  # noqa: ANN401
     if isinstance(dataset, PredictDataset):
         return [str(path) for path in dataset.image_filenames]
     return [str(path) for path in dataset.samples.get("image_path", ())]
-
-
-def _check_masks(dataset: Any) -> None:  # noqa: ANN401
-    """Refuse photos that may be turned differently than their masks.
-
-    Raises:
-        PhotoError: If there are some.
-    """
-    samples = getattr(dataset, "samples", {})
-    pairs = zip(samples.get("image_path", ()), samples.get("mask_path", ()), strict=False)
-    drawn = [(path, mask) for path, mask in pairs if isinstance(mask, str) and Path(mask).is_file()]
-    why = "it has an orientation (EXIF or TIFF), and its mask may be of the picture as it is stored or as it is shown"
-    turned = [f"{path}: {why}; save it turned" for path, mask in drawn if mask_may_be_turned(path, mask)]
-    refuse(turned, "photos with masks")
 
 
 def _check_painted(paths: list[str]) -> None:

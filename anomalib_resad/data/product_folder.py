@@ -2,18 +2,20 @@
 
 """Your own products in MVTec AD's folder layout: any image format, masks optional."""
 
+import logging
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
-from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode, read_mask
+from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
+from anomalib_resad.data.masks import check_masks, listed, read_mask
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import (
     EXTENSIONS,
@@ -21,8 +23,11 @@ from anomalib_resad.enrollment.photos import (
     is_hidden,
     is_photo_file,
     list_photos,
+    read_header,
     read_pixels,
 )
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = "<category>/train/good, <category>/test/good, <category>/test/<defect>, <category>/ground_truth/<defect>"
 
@@ -56,14 +61,15 @@ class SamplesDataset(AnomalibDataset):
         """One image, read as enrollment and the edge read photos, and its mask, all zero for good ones.
 
         Raises:
-            PhotoError: If the photo cannot be used.
+            PhotoError: If the photo or the mask cannot be used.
         """
         sample = self.samples.iloc[index]
         image = as_image(read_pixels(sample.image_path, self.bit_depth))
         mask = None
         if self.samples.attrs["task"] == "segmentation":
             has_mask = sample.label_index == LabelName.ABNORMAL
-            mask = read_mask(sample.mask_path, as_tensor=True) if has_mask else Mask(torch.zeros(image.shape[-2:]))
+            shown = read_mask(sample.mask_path, read_header(sample.image_path)) if has_mask else None
+            mask = Mask(torch.zeros(image.shape[-2:]) if shown is None else torch.from_numpy(shown))
         if self.augmentations:
             augmented = self.augmentations(image) if mask is None else self.augmentations(image, mask)
             image, mask = (augmented, None) if mask is None else augmented
@@ -183,8 +189,19 @@ class ProductFolder(AnomalibDataModule):
     def _setup(self, _stage: str | None = None) -> None:
         samples = product_samples(self.root / self.category)
         check_photos(samples.image_path, f"images of {self.category}")
+        samples = check_masks(samples, self.category)
         defective = samples[samples.label_index == LabelName.ABNORMAL]
-        task = "segmentation" if (defective.mask_path != "").all() else "classification"
+        missing = defective.image_path[defective.mask_path == ""].tolist()
+        task = "classification" if missing else "segmentation"
+        if 0 < len(missing) < len(defective):
+            logger.warning(
+                "%s: %d of %d defective photos have no mask, so no pixel metrics are computed for it: %s. Add the "
+                "masks, or move these photos away.",
+                self.category,
+                len(missing),
+                len(defective),
+                listed(missing),
+            )
         for split, attribute in ((Split.TRAIN, "train_data"), (Split.TEST, "test_data")):
             setattr(self, attribute, SamplesDataset(samples[samples.split == split.value].reset_index(drop=True), task))
 

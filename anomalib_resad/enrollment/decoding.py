@@ -73,6 +73,11 @@ class Header:
         return self.bits <= 8 and self.turned not in AS_STORED
 
     @property
+    def stored(self) -> tuple[int, int]:
+        """Height and width of the pixels as they are stored."""
+        return (self.width, self.height) if self.turned in (5, 6, 7, 8) else (self.height, self.width)
+
+    @property
     def is_plain(self) -> bool:
         """Whether it gives the same pixels."""
         return self.is_shown_alike and self.reduction <= 1
