@@ -2,6 +2,7 @@
 
 """The ``resad`` command: what `anomalib` has no verb for. Only `export` and `parity` need PyTorch."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.messages import printable
 from anomalib_resad.deploy.pictures import overlay
 from anomalib_resad.deploy.results import TABLE, Results
 from anomalib_resad.enrollment.decoding import BitDepth
@@ -21,6 +23,11 @@ from anomalib_resad.enrollment.photos import PhotoError, list_photos
 from anomalib_resad.enrollment.rotations import Rotations
 
 console = Console()
+
+
+def say(text: str) -> None:
+    """Print a line that may hold names of files and products."""
+    console.print(escape(printable(text)), soft_wrap=True)
 
 
 def export(
@@ -42,7 +49,7 @@ def export(
     with Console(stderr=True).status("Exporting"):
         export_bundle(checkpoint, output, precision, calibration)
     size = sum(path.stat().st_size for path in output.iterdir())
-    console.print(f"{output}: {size / 1e6:.1f} MB, {precision}.")
+    say(f"{output}: {size / 1e6:.1f} MB, {precision}.")
 
 
 def parity(
@@ -114,7 +121,7 @@ def enroll(
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
-    console.print(f"{escape(product)}: {count}, {bank.size / 1e6:.1f} MB ({escape(names)}).")
+    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:
@@ -128,13 +135,13 @@ def products(bundle: Path, banks: Path | None = None, remove: str | None = None)
     inferencer = ResADInferencer(bundle, banks=banks)
     if remove is not None:
         inferencer.remove(remove)
-        console.print(f"{escape(remove)} was removed.")
+        say(f"{remove} was removed.")
     table = Table("product", "photos", "MB", "threshold")
     for name in inferencer.products:
         try:
             bank = inferencer.bank(name)
         except ValueError as error:
-            table.add_row(escape(name), "-", "-", escape(str(error)))
+            table.add_row(escape(printable(name)), "-", "-", escape(printable(str(error))))
             continue
         own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g}"
         table.add_row(escape(name), str(len(bank.references)), f"{bank.size / 1e6:.1f}", own)
@@ -180,9 +187,9 @@ def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path 
             )
             raise ValueError(msg) from error
     done = f"{len(paths) - len(problems)} of {len(paths)} photos inspected"
-    console.print(f"{done}: {escape(str(output / TABLE))}")
+    say(f"{done}: {output / TABLE}")
     for problem in problems:
-        console.print(f"[red]not inspected:[/red] {escape(problem)}")
+        console.print(f"[red]not inspected:[/red] {escape(printable(problem))}")
     if problems:
         sys.exit(1)
 
@@ -192,16 +199,24 @@ def serve(
     banks: Path | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
+    allowed_hosts: list[str] | str | None = None,
+    token: str | None = None,
     max_upload_mb: int = 30,
+    max_total_mb: int = 200,
 ) -> None:
     """Open a web page to enroll products and inspect photos.
 
     Args:
         bundle: Folder made by `resad export`.
         banks: Folder of the products' banks, if not in the bundle.
-        host: Address to listen on; by default this machine alone can open the page. There is no password.
+        host: Address to listen on; by default this machine alone can open the page.
         port: Port; by default the first free one from 7860 on.
+        allowed_hosts: Further names under which the page is opened, separated by commas: that of a proxy, or of this
+            machine. Requests under other names are refused.
+        token: What a visitor must give as password (of any user), or a client as bearer token. By default that in
+            RESAD_TOKEN; where others can reach the page, one is made and printed.
         max_upload_mb: Largest file that is accepted.
+        max_total_mb: Largest request, of up to 20 files.
     """
     try:
         from anomalib_resad.deploy.serve import launch  # noqa: PLC0415  # Gradio is an extra
@@ -209,7 +224,9 @@ def serve(
         msg = f"The page needs {error.name}: pip install gradio, or the extra [serve]."
         raise ValueError(msg) from error
 
-    launch(ResADInferencer(bundle, banks=banks), host, port, max_upload_mb)
+    hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else (allowed_hosts or [])
+    token = token or os.environ.get("RESAD_TOKEN")
+    launch(ResADInferencer(bundle, banks=banks), say, host, port, hosts, token, max_upload_mb, max_total_mb)
 
 
 VERBS: dict[str, Any] = {
@@ -228,7 +245,7 @@ def main() -> None:
     try:
         auto_cli(VERBS, as_positional=False, prog="resad")
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(printable(str(error)))}", soft_wrap=True)
         sys.exit(2)
 
 

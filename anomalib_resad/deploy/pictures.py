@@ -25,3 +25,17 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) 
     for channel, color in enumerate((1.0, np.clip(2 * value[..., 0] - 1, 0, 1))):  # red, and with green yellow
         picture[..., channel] += color * 255 * strength[..., 0]
     return Image.fromarray(picture.astype(np.uint8))
+
+
+def shrunk(pixels: np.ndarray, longest: int) -> np.ndarray:
+    """Make a photo as small as it is shown; smaller ones stay.
+
+    Args:
+        pixels (np.ndarray): The photo, uint8, shape ``(H, W, 3)``.
+        longest (int): Most pixels of a side.
+    """
+    if max(pixels.shape[:2]) <= longest:
+        return pixels
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest))
+    return np.asarray(image)

@@ -2,23 +2,31 @@
 
 """A web page to enroll products and inspect photos, in Gradio.
 
-What comes from the page is not trusted: the size of an upload is limited by the server, photos are decoded by
-:mod:`~anomalib_resad.enrollment.decoding` alone, and names of products by :func:`bank_file` cannot leave the folder of
-the banks.
+What comes from the page is not trusted: requests are limited (:mod:`~anomalib_resad.deploy.guard`), photos are decoded
+by :mod:`~anomalib_resad.enrollment.decoding` alone, and names of products by :func:`bank_file` cannot leave the folder
+of the banks.
 """
 
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
-import numpy as np
+import uvicorn
+from fastapi import FastAPI
+from gradio.blocks import Block
+from gradio.utils import get_upload_folder
 
+from anomalib_resad.deploy.guard import EVERYWHERE, checked_token, guards
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.pictures import overlay
-from anomalib_resad.deploy.prediction import scales_of
+from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
+from anomalib_resad.deploy.uploads import Uploads
 from anomalib_resad.enrollment.photos import EXTENSIONS
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
-from anomalib_resad.enrollment.thresholds import denormalize
 
 FONT = ["system-ui", "sans-serif"]  # of the browser: the page must work without a network
 CHOICES: list[tuple[str, Rotations]] = [
@@ -27,155 +35,213 @@ CHOICES: list[tuple[str, Rotations]] = [
     ("always as in the photos", 1),
 ]
 SEVERAL: dict[str, Any] = {"file_count": "multiple", "file_types": sorted(EXTENSIONS), "type": "filepath"}
-EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
+PORTS = range(7860, 7960)
+_MOVE = Block.async_move_resource_to_block_cache
+REQUESTS_KEPT = 4  # as many of the largest requests fit on the disk
 
 
-class Page:
-    """The page's actions; each returns what its outputs show.
-
-    Args:
-        inferencer (ResADInferencer): The model and its products.
-    """
-
-    def __init__(self, inferencer: ResADInferencer) -> None:
-        self.inferencer = inferencer
-
-    def products(self) -> list[list[Any]]:
-        """One row per product: name, photos, size, threshold."""
-        rows: list[list[Any]] = []
-        for name in self.inferencer.products:
-            try:
-                bank = self.inferencer.bank(name)
-            except ValueError as error:
-                rows.append([name, 0, "-", str(error)])
-                continue
-            own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g} (own)"
-            rows.append([name, len(bank.references), f"{bank.size / 1e6:.1f}", own])
-        return rows
-
-    def choices(self, chosen: str | None = None) -> Any:  # noqa: ANN401  # Gradio's update
-        """The products to choose from."""
-        names = self.inferencer.products
-        return gr.Dropdown(choices=names, value=chosen if chosen in names else (names[0] if names else None))
-
-    def enroll(self, name: str, files: Sequence[str] | None, rotations: Rotations | None = None) -> tuple[Any, ...]:
-        """Enroll a product, or add photos to it, in as many orientations as those that are there."""
-        name = (name or "").strip()
-        with _shown():
-            if not files:
-                msg = "Drop some good photos first; 2 to 8 are usual."
-                raise ValueError(msg)
-            known = name in self.inferencer.products
-            if known:
-                bank = self.inferencer.add(name, list(files))
-            else:
-                bank = self.inferencer.enroll(name, list(files), rotations=rotations)
-        done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
-        if bank.rotations > 1:
-            done += f" Each photo is known in {bank.rotations} orientations."
-        return f"{done} It takes {bank.size / 1e6:.1f} MB.", self.products(), self.choices(name), None
-
-    def remove(self, name: str) -> tuple[Any, ...]:
-        """Remove a product."""
-        with _shown():
-            self.inferencer.remove((name or "").strip())
-        return f"**{name}** was removed.", self.products(), self.choices()
-
-    def inspect(self, photo: str | None, product: str | None, threshold: float) -> tuple[Any, ...]:
-        """Inspect a photo."""
-        with _shown():
-            if not photo or not product:
-                msg = "Drop a photo and choose a product first; enroll one if there is none."
-                raise ValueError(msg)
-            found, pixels = self.inferencer.inspect(photo, product)
-        picture = overlay(pixels, found.map, stretch=self.inferencer.manifest.map.threshold is None)
-        return np.asarray(picture), found.score, self.verdict(found.score, threshold)
-
-    def verdict(self, score: float | None, threshold: float) -> str:
-        """Score and label at a threshold."""
-        if score is None:
-            return EMPTY
-        word = "anomalous" if score > threshold else "good"
-        return f"## {word}\nscore **{score:.3f}**, threshold {threshold:.3f}"
-
-    def keep_threshold(self, product: str | None, threshold: float) -> tuple[Any, ...]:
-        """Make the slider's value the product's own threshold, which is 0.5 from then on."""
-        with _shown():
-            if not product:
-                msg = "Choose a product first."
-                raise ValueError(msg)
-            scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(product))
-            self.inferencer.set_threshold(product, denormalize(threshold, *(float(each) for each in scale)))
-        return (
-            0.5,
-            self.products(),
-            f"Threshold of **{product}** kept; it is at 0.5 from now on. Inspect the photo again.",
-        )
-
-
-class _shown:  # noqa: N801  # used as a function
-    """Show an error's text on the page."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | OSError):
-            raise gr.Error(str(error), duration=15, print_exception=False) from error
-
-
-def build(inferencer: ResADInferencer) -> gr.Blocks:
+def build(page: Page) -> gr.Blocks:
     """The page."""
-    page = Page(inferencer)
-    usual = inferencer.manifest.rotations
     with gr.Blocks(title="ResAD", analytics_enabled=False) as blocks:
         gr.Markdown("# ResAD\nEnroll a product with a few good photos, then inspect new ones.")
-        with gr.Tab("Inspect"), gr.Row():
-            with gr.Column():
-                product = gr.Dropdown(inferencer.products, label="Product", elem_id="product")
-                photo = gr.Image(
-                    label="Photo", type="filepath", image_mode=None, sources=["upload"], height=360, elem_id="photo"
-                )
-                inspect = gr.Button("Inspect", variant="primary", elem_id="inspect")
-            with gr.Column():
-                picture = gr.Image(label="Where it differs", interactive=False, format="png", height=360, elem_id="map")
-                verdict = gr.Markdown(EMPTY, elem_id="verdict")
-                threshold = gr.Slider(0.01, 0.99, 0.5, step=0.005, label="Threshold", elem_id="threshold")
-                keep = gr.Button("Keep this threshold for the product")
-                score = gr.State(None)
-        with gr.Tab("Products"), gr.Row():
-            with gr.Column():
-                name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
-                files = gr.File(label="Good photos", elem_id="files", **SEVERAL)
-                rotations = gr.Radio(
-                    CHOICES,
-                    value=usual if usual in dict(CHOICES).values() else None,
-                    label="How the product lies",
-                    elem_id="rotations",
-                )
-                enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
-                remove = gr.Button("Remove this product", variant="stop")
-                message = gr.Markdown(elem_id="message")
-            table = gr.Dataframe(
-                page.products, headers=["product", "photos", "MB", "threshold"], interactive=False, label="Enrolled"
-            )
-        blocks.load(page.choices, None, product, api_visibility="private")
-        inspect.click(page.inspect, [photo, product, threshold], [picture, score, verdict], api_name="inspect")
-        threshold.change(page.verdict, [score, threshold], verdict, api_visibility="private", show_progress="hidden")
-        keep.click(page.keep_threshold, [product, threshold], [threshold, table, verdict], api_name="keep_threshold")
-        enroll.click(page.enroll, [name, files, rotations], [message, table, product, files], api_name="enroll")
-        remove.click(page.remove, name, [message, table, product], api_name="remove")
+        found = gr.State(None)
+        with gr.Tab("Inspect") as inspecting, gr.Row():
+            product, photo, inspect, picture, verdict, threshold, keep = _inspect_tab(page)
+        with gr.Tab("Products") as managing, gr.Row():
+            name, files, rotations, enroll, remove, message, table = _products_tab(page)
+        # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
+        raw: dict[str, Any] = {"preprocess": False}
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
+        gr.on([blocks.load, inspecting.select, product.focus], page.choices, product, product, **quiet)
+        managing.select(page.products, None, table, **quiet)
+        shown = [picture, found, threshold, verdict]
+        chosen, nothing = [found, product, photo], [gr.skip()] * 4
+        gr.on([product.change, photo.change], page.in_place(page.changed, nothing), chosen, shown, **quiet)
+        done = inspect.click(
+            page.in_place(page.inspect, [None, None, REFUSED]),
+            [photo, product, threshold, found],
+            [picture, found, verdict],
+            api_name="inspect",
+            **raw,
+        )
+        done.success(page.in_place(page.fitting, nothing), chosen, shown, **quiet)
+        # Of a user alone: where an action sets the slider, it says its own verdict.
+        threshold.input(page.verdict, [found, product, threshold], verdict, **quiet)
+        keep.click(
+            page.in_place(page.keep_threshold, [gr.skip(), gr.skip(), REFUSED, gr.skip(), gr.skip()]),
+            [product, threshold, found],
+            [threshold, table, verdict, picture, found],
+            api_name="keep_threshold",
+            **raw,
+        )
+        for each in _enrolling(page, name, files, rotations, enroll, remove, [message, table, product], raw):
+            each.success(page.clear, found, shown, **quiet)
     return blocks
 
 
-def launch(inferencer: ResADInferencer, host: str, port: int | None, max_upload_mb: int) -> None:
-    """Serve the page until it is interrupted."""
-    build(inferencer).queue(default_concurrency_limit=2).launch(
-        server_name=host,
-        server_port=port,
+def _enrolling(
+    page: Page,
+    name: gr.Textbox,
+    files: gr.File,
+    rotations: gr.Radio,
+    enroll: gr.Button,
+    remove: gr.Button,
+    told: list[Any],
+    raw: dict[str, Any],
+) -> list[Any]:
+    """Connect the buttons that change which products there are."""
+    refused = [REFUSED, gr.skip(), gr.skip()]
+    enrolling = page.in_place(page.enroll, [*refused, gr.skip()])
+    removing = page.in_place(page.remove, refused)
+    return [
+        enroll.click(enrolling, [name, files, rotations], [*told, files], api_name="enroll", **raw),
+        remove.click(removing, name, told, api_name="remove", **raw),
+    ]
+
+
+def _inspect_tab(page: Page) -> tuple[Any, ...]:
+    with gr.Column():
+        product = gr.Dropdown(page.inferencer.products, label="Product", elem_id="product")
+        photo = gr.Image(label="Photo", type="filepath", sources=["upload"], height=360, elem_id="photo")
+        inspect = gr.Button("Inspect", variant="primary", elem_id="inspect")
+    with gr.Column():
+        picture = gr.Image(
+            label="Where it differs",
+            type="filepath",
+            interactive=False,
+            height=360,
+            elem_id="map",
+            buttons=["download", "fullscreen"],  # sharing would send it to another server
+        )
+        verdict = gr.Markdown(EMPTY, elem_id="verdict")
+        threshold = gr.Slider(0.01, 0.99, 0.5, step=0.005, label="Threshold", elem_id="threshold", buttons=[])
+        keep = gr.Button("Keep this threshold for the product", elem_id="keep")
+    return product, photo, inspect, picture, verdict, threshold, keep
+
+
+def _products_tab(page: Page) -> tuple[Any, ...]:
+    usual = page.inferencer.manifest.rotations
+    with gr.Column():
+        name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
+        files = gr.File(label="Good photos", elem_id="files", **SEVERAL)
+        rotations = gr.Radio(
+            CHOICES,
+            value=usual if usual in dict(CHOICES).values() else None,
+            label="How the product lies",
+            elem_id="rotations",
+        )
+        enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
+        remove = gr.Button("Remove this product", variant="stop")
+        message = gr.Markdown(elem_id="message")
+    table = gr.Dataframe(
+        page.products,
+        headers=["product", "photos", "MB", "threshold"],
+        interactive=False,
+        label="Enrolled",
+        elem_id="table",
+    )
+    return name, files, rotations, enroll, remove, message, table
+
+
+def _move_uploads_alone(block: Block, path: str | Path | None) -> Coroutine[Any, Any, str | None]:
+    """Refuse files of the server, and addresses to load from, that a client names instead of an upload."""
+    folder = Path(get_upload_folder()).resolve()
+    if path is not None and folder not in Path(path).resolve().parents:
+        msg = "This file was not uploaded."
+        raise gr.Error(msg, print_exception=False)
+    return _MOVE(block, path)
+
+
+def application(
+    inferencer: ResADInferencer,
+    host: str = "127.0.0.1",
+    allowed_hosts: Sequence[str] = (),
+    token: str | None = None,
+    max_upload_mb: int = 30,
+    max_total_mb: int = 200,
+) -> FastAPI:
+    """The page behind its guards; what is uploaded comes into Gradio's folder (``GRADIO_TEMP_DIR``).
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        host (str): Address that is listened on.
+        allowed_hosts (Sequence[str]): Further names under which the page is opened.
+        token (str | None): What clients must know; ``None`` for nothing.
+        max_upload_mb (int): Largest file.
+        max_total_mb (int): Largest request.
+
+    Raises:
+        ValueError: If a host or a limit is impossible.
+    """
+    if max_upload_mb < 1 or max_total_mb < 1:
+        msg = f"max_upload_mb={max_upload_mb} and max_total_mb={max_total_mb} must be at least 1."
+        raise ValueError(msg)
+    largest = max_total_mb * 1_000_000
+    uploads = Uploads(Path(get_upload_folder()), REQUESTS_KEPT * largest)
+    Block.async_move_resource_to_block_cache = _move_uploads_alone  # type: ignore[method-assign, assignment]
+    blocks = build(Page(inferencer, uploads)).queue(default_concurrency_limit=2, max_size=32, api_open=False)
+    app = FastAPI(
+        openapi_url=None, middleware=guards(host, allowed_hosts, token, most_bytes=largest, tidy=uploads.tidy)
+    )
+    return gr.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
         max_file_size=f"{max_upload_mb}mb",
-        share=False,
-        show_error=True,
+        show_error=False,  # only those that are meant to be shown
         footer_links=[],
+        run_history=False,
+        ssr_mode=False,
         theme=gr.themes.Default(font=FONT, font_mono=["monospace"]),
     )
+
+
+def launch(
+    inferencer: ResADInferencer,
+    say: Callable[[str], object],
+    host: str,
+    port: int | None,
+    allowed_hosts: Sequence[str],
+    token: str | None,
+    max_upload_mb: int,
+    max_total_mb: int,
+) -> None:
+    """Serve the page until it is interrupted.
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        say (Callable[[str], object]): Prints a line.
+        host (str): Address to listen on.
+        port (int | None): Port; ``None`` for the first free one.
+        allowed_hosts (Sequence[str]): Further names under which the page is opened.
+        token (str | None): What clients must know; ``None`` makes one where others can reach the page.
+        max_upload_mb (int): Largest file.
+        max_total_mb (int): Largest request.
+
+    Raises:
+        ValueError: If an argument is impossible.
+        OSError: If the port is taken.
+    """
+    needed = checked_token(host, token)
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="resad-", dir=parent) as folder, _listening(host, port) as listening:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        app = application(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb)
+        name = "localhost" if host in EVERYWHERE else (f"[{host}]" if ":" in host else host)
+        say(f"The page: http://{name}:{listening.getsockname()[1]} (Ctrl+C ends it)")
+        if needed is not None and token is None:
+            say(f"It asks for a password, which is this token, of any user: {needed}")
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run([listening])
+
+
+def _listening(host: str, port: int | None) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for each in PORTS if port is None else [port]:
+        with suppress(OSError):
+            return socket.create_server((host.strip("[]"), each), family=family)
+    msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
+    raise OSError(msg)

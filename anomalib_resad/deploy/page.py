@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the page does: each action returns what its outputs show."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.guard import MOST_FILES
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
+from anomalib_resad.deploy.pictures import overlay, shrunk
+from anomalib_resad.deploy.prediction import scales_of
+from anomalib_resad.deploy.uploads import Uploads
+from anomalib_resad.enrollment.rotations import Rotations
+from anomalib_resad.enrollment.thresholds import denormalize
+
+EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
+CHANGED = "This product has changed since. Press **Inspect** again."
+REFUSED = "**Refused.**"
+LONGEST_SHOWN = 1600  # pixels of a side of the picture on the page
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found, and what it belongs to.
+
+    Attributes:
+        product (str): The product.
+        state (tuple[Any, ...]): What the score depends on (:func:`_state`).
+        score (float): 0 to 1, 0.5 at the product's threshold.
+        photo (str): The file that was inspected.
+        picture (str): The file of the map over it.
+    """
+
+    product: str
+    state: tuple[Any, ...]
+    score: float
+    photo: str
+    picture: str
+
+
+def _state(bank: Bank) -> tuple[Any, ...]:
+    """Tells whether a product is still the one that a score was computed with: its photos, and its scale."""
+    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold
+
+
+class Page:
+    """The page's actions.
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        uploads (Uploads): Where photos come to lie, and pictures are put.
+    """
+
+    def __init__(self, inferencer: ResADInferencer, uploads: Uploads) -> None:
+        self.inferencer = inferencer
+        self.uploads = uploads
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def products(self) -> list[list[Any]]:
+        """One row per product: name, photos, size, threshold."""
+        rows: list[list[Any]] = []
+        for name in self.inferencer.products:
+            try:
+                bank = self.inferencer.bank(name)
+            except ValueError as error:
+                rows.append([printable(name), 0, "-", self._public(error)])
+                continue
+            own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g} (own)"
+            rows.append([name, len(bank.references), f"{bank.size / 1e6:.1f}", own])
+        return rows
+
+    def choices(self, chosen: str | None = None) -> Any:  # noqa: ANN401  # Gradio's update
+        """The products to choose from, also those that another session enrolled."""
+        names = self.inferencer.products
+        if chosen in names:  # said again, it would undo a choice that was made meanwhile
+            return gr.Dropdown(choices=names)
+        return gr.Dropdown(choices=names, value=names[0] if names else None)
+
+    def enroll(self, name: str, files: Sequence[str] | None, rotations: Rotations | None = None) -> tuple[Any, ...]:
+        """Enroll a product, or add photos to it, in as many orientations as those that are there."""
+        name = str(name or "").strip()
+        with self._shown():
+            if not files:
+                msg = "Drop some good photos first; 2 to 8 are usual."
+                raise ValueError(msg)
+            if len(files) > MOST_FILES:
+                msg = f"{len(files)} photos are too many at once; add them {MOST_FILES} at a time."
+                raise ValueError(msg)
+            known = name in self.inferencer.products
+            if known:
+                bank = self.inferencer.add(name, list(files))
+            else:
+                bank = self.inferencer.enroll(name, list(files), rotations=rotations)
+        self.uploads.forget(files)
+        done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
+        if bank.rotations > 1:
+            done += f" Each photo is known in {bank.rotations} orientations."
+        chosen = gr.Dropdown(choices=self.inferencer.products, value=name)
+        return f"{done} It takes {bank.size / 1e6:.1f} MB.", self.products(), chosen, None
+
+    def remove(self, name: str) -> tuple[Any, ...]:
+        """Remove a product."""
+        with self._shown():
+            self.inferencer.remove(str(name or "").strip())
+        return f"**{name}** was removed.", self.products(), self.choices()
+
+    # -- inspection ---------------------------------------------------------------------------------------------------
+
+    def inspect(
+        self, photo: str | None, product: str | None, threshold: float, last: Inspection | None = None
+    ) -> tuple[Any, ...]:
+        """Inspect a photo; the files of the session's last inspection go."""
+        with self._shown():
+            if not photo or not product:
+                msg = "Drop a photo and choose a product first; enroll one if there is none."
+                raise ValueError(msg)
+            threshold = float(threshold)
+            bank = self.inferencer.bank(product)
+            found, pixels = self.inferencer.inspect(photo, product)
+            stretch = self.inferencer.manifest.map.threshold is None
+            picture = self.uploads.keep(overlay(shrunk(pixels, LONGEST_SHOWN), found.map, stretch=stretch))
+        if last is not None:
+            self.uploads.forget([last.picture, last.photo if last.photo != photo else None])
+        now = Inspection(product, _state(bank), found.score, photo, picture)
+        return picture, now, self.verdict(now, product, threshold)
+
+    def verdict(self, last: Inspection | None, product: str | None, threshold: float) -> str:
+        """Score and label at a threshold, if they are still those of this product."""
+        if last is None or last.product != product:
+            return EMPTY
+        try:
+            if _state(self.inferencer.bank(product)) != last.state:
+                return CHANGED
+        except ValueError:
+            return CHANGED
+        word = "anomalous" if last.score > threshold else "good"
+        return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}"
+
+    def clear(self, last: Inspection | None) -> tuple[Any, ...]:
+        """Nothing is inspected: no map, no score, the threshold where it is, and no verdict."""
+        if last is not None:
+            self.uploads.forget([last.picture])
+        return None, None, 0.5, EMPTY
+
+    def changed(self, last: Inspection | None, product: str | None, photo: str | None) -> tuple[Any, ...]:
+        """Clear what was found with another product or photo; this may be asked late, after a new inspection."""
+        return (gr.skip(), gr.skip(), 0.5, EMPTY) if last is None else self.fitting(last, product, photo)
+
+    def fitting(self, last: Inspection | None, product: str | None, photo: str | None) -> tuple[Any, ...]:
+        """Clear what was found if product or photo were changed while it was computed."""
+        if last is not None and (last.product, last.photo) != (product, photo):
+            return self.clear(last)
+        return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+
+    def keep_threshold(self, product: str | None, threshold: float, last: Inspection | None = None) -> tuple[Any, ...]:
+        """Make the slider's value the product's own threshold, 0.5 from then on, and inspect the photo anew."""
+        with self._shown():
+            if not product:
+                msg = "Choose a product first."
+                raise ValueError(msg)
+            scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(product))
+            self.inferencer.set_threshold(product, denormalize(float(threshold), *(float(each) for each in scale)))
+            kept = f"The threshold of **{product}** was kept; it is at 0.5 from now on."
+            if last is None or last.product != product or not Path(last.photo).exists():
+                picture, now, _, verdict = self.clear(last)
+            else:
+                picture, now, verdict = self.inspect(last.photo, product, 0.5, last)
+        return 0.5, self.products(), f"{verdict}\n\n{kept}", picture, now
+
+    # -- errors -------------------------------------------------------------------------------------------------------
+
+    def _public(self, error: Exception) -> str:
+        folders = (self.uploads.folder, self.inferencer.banks, self.inferencer.bundle)
+        return printable(without_folders(str(error), folders))
+
+    def in_place(self, action: Callable[..., tuple[Any, ...]], shown: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+        """Take the paths of uploads, and show what is refused where the result would stand.
+
+        Gradio's preprocessing, which this replaces, opens images; its own message would cover other things.
+
+        Args:
+            action (Callable[..., tuple[Any, ...]]): The action.
+            shown (Sequence[Any]): What its outputs show then, with the text in the place of ``REFUSED``.
+        """
+
+        @wraps(action)
+        def acting(*given: Any) -> tuple[Any, ...]:  # noqa: ANN401  # whatever Gradio gives
+            try:
+                return action(*(self._path(each) for each in given))
+            except gr.Error as error:
+                text = f"{REFUSED} {as_markdown(error.message)}"
+                return tuple(text if each == REFUSED else each for each in shown)
+
+        return acting
+
+    def _path(self, given: Any) -> Any:  # noqa: ANN401  # whatever Gradio gives
+        """Where an upload lies, or several; all else as it is."""
+        if isinstance(given, list):
+            return [self._path(each) for each in given]
+        if not isinstance(given, dict):
+            return given
+        path = given.get("path")
+        if not isinstance(path, str) or not self.uploads.holds(path):
+            msg = "This file was not uploaded."
+            raise gr.Error(msg, print_exception=False)
+        return path
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Show an error's text on the page, without the server's folders."""
+        try:
+            yield
+        except (ValueError, TypeError, OSError) as error:
+            raise gr.Error(self._public(error), print_exception=False) from error
