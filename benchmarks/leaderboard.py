@@ -80,6 +80,7 @@ class Leaderboard:
         targets (list[AnomalibDataModule]): One datamodule per target category.
         sources (list[AnomalibDataModule] | None): Categories to train on; ``None`` leaves the target out of
             ``targets``.
+        also (list[AnomalibDataModule]): Categories to train on beside them.
         methods (dict[str, Method]): The methods by name.
         backbone (Backbone): The shared backbone.
         output (Path): Folder of cells, checkpoints and report.
@@ -95,6 +96,7 @@ class Leaderboard:
         self,
         targets: list[AnomalibDataModule],
         sources: list[AnomalibDataModule] | None,
+        also: list[AnomalibDataModule],
         methods: dict[str, Method],
         backbone: Backbone,
         output: Path,
@@ -107,8 +109,9 @@ class Leaderboard:
     ) -> None:
         self.targets = {str(target.category or target.name): target for target in targets}
         self.sources = sources
-        for target in targets if sources else ():
-            CrossCategory(sources or [], target)  # refuses a target that is among the sources
+        self.also = also
+        for target in targets if sources or also else ():
+            CrossCategory([*(sources or []), *also], target)  # refuses a target that is among the sources
         self.methods = methods
         self.backbone = backbone
         self.output = output
@@ -147,6 +150,7 @@ class Leaderboard:
         sources = self.sources
         if sources is None:
             sources = [target for other, target in self.targets.items() if other != category]
+        sources = [*sources, *self.also]
         method, batch = self.methods[name], self.source_batch_size
         seed = self.seed if method.source_seed is None else method.source_seed
         weights = self.backbone.weights
@@ -212,6 +216,7 @@ def main(
     methods: dict[str, dict[str, Any]],
     output: Path,
     source: list[AnomalibDataModule] | None = None,
+    also: list[AnomalibDataModule] | None = None,
     shots: list[int] = [1, 2, 4, 8],  # noqa: B006  # read only
     draws: int = 3,
     backbone: str = "wide_resnet50_2",
@@ -235,6 +240,7 @@ def main(
             trained_as.
         output: Folder for cells, checkpoints and report.
         source: Datamodules to train on; without them, all targets but the one that is tested.
+        also: Datamodules to train on beside these.
         shots: Numbers of reference photos.
         draws: Draws of them for each number, seeded 0, 1, ...
         backbone: timm name, for all methods with a backbone argument.
@@ -255,6 +261,7 @@ def main(
     board = Leaderboard(
         split_categories(target),
         [single for entry in source for single in split_categories(entry)] if source else None,
+        [single for entry in also or [] for single in split_categories(entry)],
         {name: Method(**spec) for name, spec in methods.items()},
         Backbone(backbone, weights, pre_trained, image_size),
         output,
@@ -270,6 +277,7 @@ def main(
         "products": list(board.targets),
         "categories": categories or list(board.targets),
         "source": [category_name(single) for single in board.sources] if board.sources else "leave one category out",
+        "also": [category_name(single) for single in board.also],
         "methods": methods,
         "shots": shots,
         "draws": draws,

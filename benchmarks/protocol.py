@@ -48,6 +48,8 @@ def protocol(board: Board) -> dict[str, str]:
     settings = board.settings
     source = settings.get("source")
     trained_on = ", ".join(source) if isinstance(source, list) else "all targets but the tested one"
+    also = settings.get("also") or []
+    trained_on += f" and {plural(len(also), 'product')} beside them ({also[0]} to {also[-1]})" if also else ""
     size = " x ".join(str(side) for side in settings.get("image_size") or [DASH])
     last = len(board.draws) - 1
     machine = [str(settings[key]) for key in ("device", "cpu") if settings.get(key)]

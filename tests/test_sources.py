@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from anomalib_resad import CrossCategory, ProductFolder
+from anomalib_resad.data.cross_category import category_name, split_categories
 from benchmarks.sources.__main__ import main
 from benchmarks.sources.damage import DEFECTS, VISIBLE, damaged
 from benchmarks.sources.drawn import FAMILIES, make_product
@@ -66,3 +67,12 @@ def test_the_command_draws_sources_to_train_on(tmp_path: Path) -> None:
     data = CrossCategory(source=source, num_workers=0, val_ratio=0.0)
     data.setup()
     assert sum(data.train_data.samples.label_index == 1) == 6
+
+
+def test_a_star_names_all_products_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"category='\*' finds no product in .*: no folder in it holds train/good"):
+        split_categories(ProductFolder(root=tmp_path, category="*"))
+    main(tmp_path, products=2, first_seed=7, train=2, good=1, defective=3, size=SIZE)
+    (tmp_path / "notes").mkdir()
+    singles = split_categories(ProductFolder(root=tmp_path, category="*"))
+    assert [category_name(single).rpartition("/")[2] for single in singles] == ["relief_0008", "round_thing_0007"]

@@ -10,6 +10,7 @@ import torch
 
 from anomalib_resad import ResAD
 from anomalib_resad.checkpoint import PARTS_0_1, upgrade_hyper_parameters
+from anomalib_resad.method.head import EvidenceHead
 from anomalib_resad.method.presets import PRESETS, SETTINGS
 from tests.conftest import rewrite
 
@@ -38,6 +39,7 @@ def as_0_1_0(path: Path, folder: Path) -> Path:
     state["model.bank._extra_state"] = kept | {"files": files, "leave_one_out": [1.0, 2.0]}
     if is_head:
         state["model.anomaly_map.ceilings"] = torch.full((1,), float("nan"))
+        del state["model.estimator.weights" if "model.estimator.weights" in state else "model.head.weights"]
     content["state_dict"] = state
     return rewrite(content, folder / "earlier.ckpt")
 
@@ -57,7 +59,10 @@ def test_checkpoints_of_0_1_0_load(current: Path, tmp_path: Path, images: torch.
     names = torch.load(earlier, weights_only=True)["state_dict"]
     assert any(name.startswith("model.backbone.") for name in names)
     assert not any("encoder" in name or "estimator" in name for name in names)
-    expected = evaluate(ResAD.load_from_checkpoint(current), images)
+    as_it_was = ResAD.load_from_checkpoint(current)
+    if isinstance(as_it_was.model.estimator, EvidenceHead):
+        as_it_was.model.estimator.weights.copy_(torch.tensor(EvidenceHead.WEIGHTS_0_1))
+    expected = evaluate(as_it_was, images)
     restored = ResAD.load_from_checkpoint(earlier)
     started = ResAD(checkpoint=earlier)
     resumed = ResAD(pre_trained=False, backbone="resnet18")

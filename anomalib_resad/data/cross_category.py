@@ -30,9 +30,21 @@ def category_name(datamodule: AnomalibDataModule) -> str:
 
 
 def split_categories(datamodule: AnomalibDataModule) -> list[AnomalibDataModule]:
-    """One datamodule per category of a comma-separated list: ``category: "candle, capsules"`` makes two."""
+    """One datamodule per category of a comma-separated list: ``category: "candle, capsules"`` makes two.
+
+    ``category: "*"`` makes one of each folder of the root that holds ``train/good``.
+
+    Raises:
+        ValueError: If there is no such folder.
+    """
     names = [name.strip() for name in str(datamodule.category or "").split(",")]
-    if len(names) == 1:
+    if names == ["*"]:
+        root = Path(getattr(datamodule, "root", "."))
+        names = sorted(path.parent.parent.name for path in root.glob("*/train/good"))
+        if not names:
+            msg = f"category='*' finds no product in {root}: no folder in it holds train/good."
+            raise ValueError(msg)
+    if names == [str(datamodule.category or "")]:
         return [datamodule]
     singles = [copy.deepcopy(datamodule) for _ in names]
     for single, name in zip(singles, names, strict=True):

@@ -3,6 +3,7 @@
 """The default model's estimator: what residuals look like where a photo is defective, beside two distances."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ class EvidenceHead(Estimator):
     """
 
     MOMENTUM = 0.02
-    WEIGHTS = (1.0, 2.0, 2.0)
+    WEIGHTS = (0.5, 2.0, 0.4)
+    WEIGHTS_0_1 = (1.0, 2.0, 2.0)  # what version 0.1.0 trained and calibrated with
     trains = True
 
     def __init__(self, channels: int, metric: Metric = "cosine", hidden: int = 32, dropout: float = 0.5) -> None:
@@ -60,10 +62,12 @@ class EvidenceHead(Estimator):
         self.register_buffer("mean", torch.zeros(count))
         self.register_buffer("variance", torch.ones(count))
         self.register_buffer("batches", torch.zeros(()))
+        self.register_buffer("weights", torch.tensor(self.WEIGHTS))  # of the evidence, kept with what was trained
         self.power: Tensor
         self.mean: Tensor
         self.variance: Tensor
         self.batches: Tensor
+        self.weights: Tensor
 
     def forward(self, features: Features, matched: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly of each patch, about 0 for normal ones; see :meth:`Estimator.forward`."""
@@ -117,7 +121,7 @@ class EvidenceHead(Estimator):
     def anomalies(self, residuals: Tensor, elsewhere: Tensor) -> Tensor:
         """Weighted sum of the evidence, ``(B * H * W, C)`` and ``(B, H, W)`` to ``(B, H, W)``."""
         evidence = self.evidence(residuals, elsewhere.flatten())
-        weights = torch.tensor(self.WEIGHTS).to(evidence) * self.variance.clamp(min=TINY).rsqrt()
+        weights = self.weights * self.variance.clamp(min=TINY).rsqrt()
         return ((evidence - self.mean) * weights).sum(dim=1).reshape(elsewhere.shape)
 
     def loss(self, residuals: Tensor, elsewhere: Tensor, labels: Tensor) -> Tensor:
@@ -135,6 +139,10 @@ class EvidenceHead(Estimator):
         losses = F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
         sides = [losses[side].mean() for side in (normal, ~normal) if bool(side.any())]
         return torch.stack(sides).sum() / 2
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        state_dict.setdefault(f"{prefix}weights", torch.tensor(self.WEIGHTS_0_1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def _follow(self, residuals: Tensor, elsewhere: Tensor) -> None:
