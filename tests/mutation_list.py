@@ -33,6 +33,8 @@ MUTATIONS = [
              "        evidence", "test_fused"),
     Mutation("method/head.py", "references of the wrong rows", "rows.values[0][nearest])",
              "rows.values[0][nearest.flip(0)])", "test_fused"),
+    Mutation("method/head.py", "earlier checkpoints are weighed anew", "torch.tensor(self.WEIGHTS_0_1))",
+             "torch.tensor(self.WEIGHTS))", "test_versions"),
     Mutation("method/reference_bank.py", "later blocks never win", "nearer = block_best > best",
              "nearer = block_best < best", "test_reference_bank"),
     Mutation("method/reference_bank.py", "index within the block", "block_index + start", "block_index",
