@@ -11,6 +11,7 @@ checkpoint from a GPU does not load without one.
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from anomalib_resad.method.safe_load import parse_weights_only, read_file
@@ -100,10 +102,30 @@ class CheckedCheckpointIO(AnomalibCheckpointIO):
 
 
 class CheckedCheckpoints(Callback):
-    """Gives the trainer :class:`CheckedCheckpointIO`, before it reads a checkpoint; one of the user's own stays."""
+    """Gives the trainer :class:`CheckedCheckpointIO`, before it reads a checkpoint; one of the user's own stays.
+
+    Before a training, it sees whether checkpoints can be written.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace the reader of anomalib or Lightning."""
         del pl_module, stage
         if type(trainer.strategy.checkpoint_io) in (AnomalibCheckpointIO, TorchCheckpointIO):
             trainer.strategy.checkpoint_io = CheckedCheckpointIO()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try the folders that checkpoints will be written to.
+
+        Raises:
+            OSError: If nothing can be written there.
+        """
+        del pl_module
+        folders = [each.dirpath for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        try:
+            for folder in [Path(each) for each in folders if each and trainer.is_global_zero]:
+                folder.mkdir(parents=True, exist_ok=True)
+                with TemporaryFile(dir=folder):
+                    pass
+        except OSError as error:
+            msg = f"No checkpoint can be written: {error}. Choose another folder with --default_root_dir."
+            raise OSError(msg) from error

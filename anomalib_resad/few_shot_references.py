@@ -87,8 +87,7 @@ class FewShotReferences(Callback):
             if not model.bank.is_empty:
                 rank_zero_info(f"Using the references of the checkpoint: {model.bank.record.names}")
             return
-        k_shot = self.k_shot if self.k_shot is not None else None if self.references is not None else DEFAULT_SHOTS
-        chosen = photos if k_shot is None else draw_references(photos, k_shot, self.seed, where)
+        k_shot, chosen = self._choose(photos, where)
         read = read_references(chosen, pl_module.hparams["bit_depth"])
         rotations: Rotations = pl_module.hparams["rotations"]  # asked for now: a restored checkpoint brings its own
         record = BankRecord(
@@ -110,6 +109,11 @@ class FewShotReferences(Callback):
         if orientations > 1:
             why = "They are rotated to each other, so each" if rotations == "auto" else "Each"
             rank_zero_info(f"{why} was enrolled in {orientations} orientations (rotations={rotations!r}).")
+
+    def _choose(self, photos: list[str], where: str) -> tuple[int | None, list[str]]:
+        """How many photos were asked for, ``None`` for all of them, and which are taken."""
+        k_shot = self.k_shot if self.k_shot is not None else None if self.references is not None else DEFAULT_SHOTS
+        return k_shot, photos if k_shot is None else draw_references(photos, k_shot, self.seed, where)
 
     def _good_photos(self, datamodule: Any, category: str | None) -> tuple[list[str], str]:  # noqa: ANN401
         """The photos to choose from, none where there is no target, and where they are."""
@@ -134,6 +138,8 @@ class FewShotReferences(Callback):
             return
         scores = leave_one_out(model, pl_module.pre_processor)
         post_processor.calibrate(scores, self.false_alarm_rate)
+        if not scores:  # of one photo, for which the post-processor says why there is no threshold
+            return
         listed = ", ".join(f"{score:.3g}" for score in scores)
         rank_zero_info(
             f"Threshold {post_processor.image_threshold.item():.3g} at a target false-alarm rate of "
@@ -143,9 +149,14 @@ class FewShotReferences(Callback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enroll the target, where that is all there is to do."""
+        """Enroll the target, where that is all there is to do; else see that there are enough photos of it."""
         if not pl_module.is_trainable:
             self._enroll_and_calibrate(trainer, pl_module)
+            return
+        datamodule = getattr(trainer, "datamodule", None)
+        photos, where = self._good_photos(datamodule, target_category(datamodule))
+        if photos and not pl_module.keeps_bank:
+            self._choose(photos, where)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the model's own hook, which learns the keys."""

@@ -100,6 +100,8 @@ MUTATIONS = [
              "test_fused_training"),
     Mutation("training/epoch_seeds.py", "every epoch alike", "self._seed(trainer, trainer.current_epoch)",
              "self._seed(trainer, 0)", "test_distributed"),
+    Mutation("training/reference_pools.py", "too few good images are noticed late", "if good <= k_shot:",
+             "if good < 0:", "test_training test_defects"),
     Mutation("training/epoch_seeds.py", "the command line's seed is forgotten", "if type(seed) is int and",
              "if seed is None and", "test_seeds"),
     Mutation("lightning_model.py", "frozen statistics are averaged",

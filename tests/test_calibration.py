@@ -166,8 +166,10 @@ def test_another_product_does_not_inherit_it(trained: Path, products: Path, tmp_
 def test_one_reference_keeps_the_stored_threshold_and_says_so(
     trained: Path, products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
     model, _ = enroll(trained, products, tmp_path, k_shot=1, false_alarm_rate=0.2)
+    assert "Enrolled 1 of 6 good photos" in caplog.text
+    assert "at a target false-alarm rate" not in caplog.text, "none was learned"
     assert torch.isnan(model.post_processor.product_threshold)
     assert "needs two reference photos or more" in caplog.text
 

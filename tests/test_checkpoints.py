@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from anomalib.models import Padim
 
 from anomalib_resad import ResAD, cli
@@ -140,3 +141,13 @@ def test_every_flipped_bit_is_noticed(trained: Path, tmp_path: Path) -> None:
     for change in ({"epoch": 7}, {"hyper_parameters": content["hyper_parameters"] | {"sigma": 5.0}}):
         assert checksum(content | change) != expected
     assert checksum(content) == expected
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_first_epoch(
+    products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResAD, "on_train_start", lambda _: pytest.fail("features were computed"))
+    (tmp_path / "file").touch()
+    keep = ModelCheckpoint(dirpath=tmp_path / "file" / "weights")
+    with pytest.raises(OSError, match=r"No checkpoint can be written: .*file.weights.*Choose another folder"):
+        quiet_engine(tmp_path, max_epochs=1, callbacks=[keep]).fit(resad(), datamodule=cross_category(products))

@@ -149,7 +149,7 @@ def test_defect_5_references_repeat_and_contain_the_image_itself(products: Path)
     before = [ours(epoch) for epoch in range(20)]
     pools.good["products/pill"] = good[::-1]
     assert [ours(epoch) for epoch in range(20)] == before, "the order of the listing changes nothing"
-    with pytest.raises(ValueError, match=r"k_shot=50, but products/pill has \d+ good training images"):
+    with pytest.raises(ValueError, match=r"k_shot=50, but products/grain has \d+ good training images"):
         pools.draw(image, 50, 0)
 
 

@@ -4,6 +4,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from anomalib_resad.data.product_folder import SamplesDataset
 from anomalib_resad.method.features import Features
 from anomalib_resad.method.residual_flow import ResidualFlow
 from anomalib_resad.reference_rows import read_photo
-from anomalib_resad.torch_model import resad
+from anomalib_resad.torch_model import ResADModel, resad
 from anomalib_resad.training.feature_cache import FeatureCache, Picture
 from anomalib_resad.training.source_photos import SourceBatch
 from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine, rewrite
@@ -254,3 +255,25 @@ def test_defective_images_without_masks_are_no_training_data(products: Path, tmp
     data._is_setup = True
     with pytest.raises(ValueError, match="is defective and has no mask"):
         quiet_engine(tmp_path, max_epochs=1).fit(ResAD(**TINY | {"k_shot": 1}, visualizer=False), datamodule=data)
+
+
+def test_too_few_photos_are_told_before_anything_is_computed(
+    products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a source and of the target, with a way out that there is."""
+    monkeypatch.setattr(ResADModel, "encode", lambda *_: pytest.fail("features were computed"))
+
+    def refused(message: str, root: Path = products, **settings: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            quiet_engine(tmp_path, max_epochs=1).fit(
+                ResAD(**TINY | settings, visualizer=False), datamodule=cross_category(root)
+            )
+
+    refused("k_shot=7, but the train split of products/tiles has 6 good photo.*pass a k_shot from 1 to 6", k_shot=7)
+    shutil.copytree(products, tmp_path / "few")
+    shutil.rmtree(tmp_path / "few/grain/test/good")
+    for count, shots, way_out in ((2, 2, ", or pass a k_shot of at most 1."), (1, 1, ".")):
+        for path in sorted((tmp_path / "few/grain/train/good").iterdir())[count:]:
+            path.unlink()
+        few = f"k_shot={shots}, but few/grain has {count} good training images, .*leave the category out{way_out}$"
+        refused(few, tmp_path / "few", k_shot=shots)

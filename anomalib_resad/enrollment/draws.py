@@ -41,9 +41,7 @@ def draw_references(paths: Sequence[str], k_shot: int, seed: int, where: str) ->
         ValueError: If there are fewer photos than shots.
     """
     if k_shot < 1 or len(paths) < k_shot:
-        msg = (
-            f"k_shot={k_shot}, but {where} has {len(paths)} good photo(s). "
-            f"Add photos, or pass a k_shot from 1 to {max(len(paths), 1)}."
-        )
+        fewer = f", or pass a k_shot from 1 to {len(paths)}" if paths else ""
+        msg = f"k_shot={k_shot}, but {where} has {len(paths)} good photo(s). Add photos{fewer}."
         raise ValueError(msg)
     return draw(paths, k_shot, seeded(seed))

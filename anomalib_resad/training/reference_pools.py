@@ -39,9 +39,21 @@ class ReferencePools:
         category = self.category_of[path]
         others = [other for other in self.good.get(category, []) if other != path]
         if len(others) < k_shot:
-            msg = (
-                f"k_shot={k_shot}, but {category} has {len(others)} good training images beside {path}. "
-                "Add good images, leave the category out, or pass a smaller k_shot."
-            )
-            raise ValueError(msg)
+            self.check(k_shot)
         return draw(others, k_shot, seeded(*keys))
+
+    def check(self, k_shot: int) -> None:
+        """Refuse categories that have too few good images for any of their images.
+
+        Raises:
+            ValueError: If there are some.
+        """
+        for category in sorted(set(self.category_of.values())):
+            good = len(self.good.get(category, []))
+            if good <= k_shot:
+                smaller = f", or pass a k_shot of at most {good - 1}" if good > 1 else ""
+                msg = (
+                    f"k_shot={k_shot}, but {category} has {good} good training images, and each needs {k_shot} others "
+                    f"as references. Add good images, leave the category out{smaller}."
+                )
+                raise ValueError(msg)

@@ -95,7 +95,11 @@ class SourceReferences:
             datamodule.train_data = datamodule.train_data.dataset
 
     def start(self, trainer: Trainer, model: ResADModel, pre_processor: nn.Module | None) -> None:
-        """Compute the features that are kept, and learn the keys of joined levels, in every process alike."""
+        """Compute the features that are kept, and learn the keys of joined levels, in every process alike.
+
+        Raises:
+            ValueError: If a category has too few good images, or some images cannot be used.
+        """
         datamodule: Any = getattr(trainer, "datamodule", None)
         given = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given, self.bit_depth)
@@ -103,6 +107,7 @@ class SourceReferences:
         self._model, self._pre_processor = model, pre_processor
         held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
         self._pools = ReferencePools(self._photos.dataset, *held_out)
+        self._pools.check(self.k_shot)
         has_real = bool((self._photos.dataset.samples.label_index == LabelName.ABNORMAL).any())
         self._share = self.synthetic if has_real else max(self.synthetic, SHARE_WITHOUT_REAL)
         if not has_real:
@@ -111,7 +116,9 @@ class SourceReferences:
             self._fill(trainer.is_global_zero, getattr(datamodule, "num_workers", 0))
         shown = [path for data in (self._photos, *held_out) for path in data.samples.image_path]
         unread = [path for path in shown if path not in self._photos.kept]
-        check_photos(unread, "source images", decode=True, bit_depth=self.bit_depth)
+        console, hidden = Console(stderr=True), not trainer.is_global_zero
+        paths = track(unread, "Checking source photos", console=console, transient=True, disable=hidden)
+        check_photos(paths, "source images", decode=True, bit_depth=self.bit_depth)
         self._learn_keys()
 
     def _fill(self, visible: bool, num_workers: int) -> None:
