@@ -15,7 +15,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from anomalib_resad.deploy import inferencer
+from anomalib_resad.deploy import ResADInferencer, runtime
 from anomalib_resad.enrollment.photos import read_pixels
 
 OPENVINO_KEEPS = 5000  # shapes, by default
@@ -32,12 +32,12 @@ def one(bundle: Path, keeps: int, sizes: int, seed: int = 0) -> None:
         sizes: How many sizes.
         seed: Of the sizes.
     """
-    inferencer.CACHED_SHAPES = keeps
-    runtime = inferencer.ResADInferencer(bundle, banks=bundle / "banks", threads=1)
+    runtime.CACHED_SHAPES = keeps
+    inferencer = ResADInferencer(bundle, banks=bundle / "banks", threads=1)
     random = np.random.default_rng(seed)
     for number in range(1, sizes + 1):
         height, width = (int(side) for side in random.integers(*SIDES, size=2))
-        runtime.encode(read_pixels(np.zeros((height, width), np.uint8))[None])
+        inferencer.encode(read_pixels(np.zeros((height, width), np.uint8))[None])
         if number in (1, 10, 100) or number % (sizes // 10) == 0:
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
             print(f"{keeps},{number},{resident / 1e6:.0f}", flush=True)
@@ -57,7 +57,7 @@ def run(output: Path = Path("benchmarks/results/sizes/sizes.csv"), sizes: int = 
         model = ResAD(backbone="resnet18", pre_trained=False, estimator="distance").eval()
         bundle = write_bundle(model, convert(model), Path(folder) / "bundle", "fp32")
         rows = []
-        for keeps in (inferencer.CACHED_SHAPES, OPENVINO_KEEPS):
+        for keeps in (runtime.CACHED_SHAPES, OPENVINO_KEEPS):
             arguments = ["one", "--bundle", str(bundle), "--keeps", str(keeps), "--sizes", str(sizes)]
             command = [sys.executable, "-m", "benchmarks.sizes", *arguments]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours

@@ -190,6 +190,8 @@ def test_broken_banks_are_refused(inferencer: ResADInferencer, good: list[Path])
     rows = bank.arrays["rows_1"]
     for arrays, message in (
         ({"rows_1": np.where(rows == rows[0, 0], np.float32("nan"), rows)}, "NaN"),
+        ({"rows_1": np.concatenate([np.zeros_like(rows[:1]), rows[1:]])}, "rows of zeros"),
+        ({"rows_1": rows * np.float32(1e20)}, "huge rows"),
         ({"rows_1": rows[:-1]}, "level 1 has float32"),
         ({"rows_1": rows.astype(np.float64)}, "level 1 has float64"),
     ):

@@ -3,10 +3,12 @@
 """The edge among others: several writers, renamed and altered files, numbers that cannot be, options that clash."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import Image
 
 from anomalib_resad.deploy import BankError, BundleError, ResADInferencer
 from anomalib_resad.deploy.bank import Bank
-from anomalib_resad.enrollment.thresholds import denormalize
+from anomalib_resad.enrollment.thresholds import denormalize, normalize
 from tests.test_edge_commands import resad
 
 ADD = """
@@ -100,9 +102,13 @@ def test_thresholds_that_cannot_be_are_refused_where_they_enter(
 
 
 def test_other_numbers_that_cannot_be(bundle: Path, inferencer: ResADInferencer, good: list[Path]) -> None:
-    for settings in ({"threads": -1}, {"threads": 0}, {"most_loaded": 0}):
+    for settings in ({"threads": -1}, {"threads": 0}, {"threads": 1.5}, {"most_loaded": 0}):
         with pytest.raises(ValueError, match="must be at least 1"):
             ResADInferencer(bundle, **settings)
+    for device in ("TPU", "", "CPU2", "cpu"):
+        with pytest.raises(ValueError, match=f"device='{device}' is no OpenVINO device of this machine, which has CPU"):
+            ResADInferencer(bundle, device=device)
+    ResADInferencer(bundle, device="AUTO:CPU")
     for value in (0.0, 1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             denormalize(value, 0.5, 0.0, 1.0)
@@ -111,6 +117,25 @@ def test_other_numbers_that_cannot_be(bundle: Path, inferencer: ResADInferencer,
         Bank("tiles", bank.encoder, bank.references, bank.arrays, **wrong).save(inferencer.banks / "tiles.safetensors")
         with pytest.raises(BankError, match="no numbers"):
             inferencer.bank("tiles")
+
+
+def test_scores_that_are_no_numbers_never_come_out(
+    inferencer: ResADInferencer, good: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inferencer.enroll("tiles", good[:1], rotations=1)
+    for value in (np.nan, np.inf):
+        outputs = [np.full(1, value, np.float32), np.zeros((1, 1, 4, 4), np.float32)]
+        monkeypatch.setattr(inferencer, "encode", lambda pixels: [pixels])
+        monkeypatch.setattr(inferencer, "_run", lambda *_, given=outputs: given)
+        with pytest.raises(BundleError, match="scores of NaN or infinity"):
+            inferencer.predict(good[0], "tiles")
+
+
+def test_normalizing_never_overflows() -> None:
+    """However far a score is from the threshold, and however narrow the range is."""
+    for width in (np.float32(1e-30), np.float32(2.0)):
+        for threshold, expected in ((-1e30, 1), (1e30, 0)):
+            assert normalize(np.float32(0.3), np.float32(threshold), np.float32(0), width) == expected
 
 
 def test_every_change_of_a_manifest_is_noticed(bundle: Path, tmp_path: Path) -> None:
@@ -122,19 +147,31 @@ def test_every_change_of_a_manifest_is_noticed(bundle: Path, tmp_path: Path) -> 
         path.write_text(json.dumps(content | {key: value}))
         with pytest.raises(BundleError, match="checksum differs"):
             ResADInferencer(copy)
-    del content["checksum"]  # as 0.1.0 wrote it
+    del content["checksum"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="checksum differs"):
+        ResADInferencer(copy)
+    del content["weights"], content["folder"]  # as 0.1.0 wrote it
     for text, problem in (
         (json.dumps(content)[:-1] + ', "keyed": true}', "stands there twice"),
         (json.dumps(content | {"score": {"threshold": float("nan"), "low": 0, "high": 1}}), "NaN is no number"),
         (json.dumps(content | {"score": {"threshold": 0.5, "low": 2, "high": 1}}), "no range"),
-        (json.dumps(content | {"files": {}}), "it lists"),
+        (json.dumps(content | {"score": {"threshold": 1e39, "low": 0, "high": 1}}), "no range"),
+        (json.dumps(content).replace('"label_above": 0.5', '"label_above": 1e999'), "1e999 is no number"),
+        (json.dumps(content | {"label_above": 2}), "label_above"),
+        (json.dumps(content | {"row_multiple": 0}), "number"),
+        (json.dumps(content | {"image_size": [64, "64"]}), "number"),
+        (json.dumps(content | {"keyed": 1}), "keyed"),
+        (json.dumps(content | {"backbone": None}), "text"),
+        (json.dumps(content | {"files": {}}), "files"),
         ("[" * 100_000, "cannot be read"),
     ):
         path.write_text(text)
         with pytest.raises(BundleError, match=problem):
             ResADInferencer(copy)
     path.write_text(json.dumps(content, indent=8))
-    assert ResADInferencer(copy).manifest == ResADInferencer(bundle).manifest
+    known = ResADInferencer(bundle).manifest
+    assert ResADInferencer(copy).manifest == replace(known, weights="unknown")
 
 
 def test_what_was_checked_is_what_runs(bundle: Path, tmp_path: Path, good: list[Path], new: list[Path]) -> None:
@@ -146,6 +183,75 @@ def test_what_was_checked_is_what_runs(bundle: Path, tmp_path: Path, good: list[
         (copy / file).write_bytes(b"")
     running.enroll("tiles", good[:2])
     assert running.predict(new[0], "tiles").score == other.predict(new[0], "tiles").score
+
+
+def test_a_bundle_that_is_replaced_is_noticed(bundle: Path, tmp_path: Path, good: list[Path]) -> None:
+    """The copy has the date and the size of the other; going on would give the numbers of a model that is gone."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    path, other = copy / "manifest.json", tmp_path / "other.json"
+    running = ResADInferencer(copy, banks=tmp_path / "banks")
+    running.enroll("tiles", good[:2], rotations=1)
+    score = running.predict(good[3], "tiles").score
+    path.touch()
+    assert running.predict(good[3], "tiles").score == score, "its date alone says nothing"
+    shutil.copy2(path, other)
+    replace(running.manifest, label_above=0.6).write(copy)
+    assert path.stat().st_size == other.stat().st_size
+    shutil.copystat(other, path)
+    for act in (
+        lambda: running.predict(good[3], "tiles"),
+        lambda: running.add("tiles", good[2:3]),
+        lambda: running.set_threshold("tiles", 1.0),
+    ):
+        with pytest.raises(BundleError, match=r"was replaced after it was opened\. Open it again"):
+            act()
+    assert ResADInferencer(copy, banks=tmp_path / "banks").manifest.label_above == 0.6
+    path.unlink()
+    running.predict(good[3], "tiles")  # nothing says that there is another one
+
+
+def test_equal_banks_are_equal_files(bundle: Path, tmp_path: Path, good: list[Path]) -> None:
+    """In any order, and in another process."""
+    code = """
+import sys
+from anomalib_resad.deploy import ResADInferencer
+ResADInferencer(sys.argv[1], banks=sys.argv[2]).enroll("tiles", sys.argv[3:], rotations=1)
+"""
+    command = [sys.executable, "-c", code, bundle, tmp_path / "other", *reversed(good[:3])]
+    subprocess.run([str(each) for each in command], check=True, timeout=120)
+    ResADInferencer(bundle, banks=tmp_path / "one").enroll("tiles", good[:3], rotations=1)
+    one, other = ((tmp_path / each / "tiles.safetensors").read_bytes() for each in ("one", "other"))
+    assert one == other
+    assert one.count(b'"resad":') == 1, "safetensors orders several entries at random"
+
+
+def test_stale_temporary_files_are_removed_by_age(inferencer: ResADInferencer, good: list[Path]) -> None:
+    inferencer.enroll("a", good[:1], rotations=1)
+    banks = inferencer.banks
+    live = banks / f".b.safetensors.{'0' * 32}.part"
+    longer = banks / f".a.safetensors.c.safetensors.{'0' * 32}.part"  # of the product a.safetensors.c
+    old = banks / f".b.safetensors.{'1' * 32}.part"
+    foreign = banks / ".others.part"
+    for path in (live, longer, old, foreign):
+        path.touch()
+    for path in (old, foreign):
+        os.utime(path, (0, 0))
+    inferencer.set_threshold("a", 1.0)
+    assert {path for path in (live, longer, old, foreign) if path.exists()} == {live, longer, foreign}
+
+
+def test_replacing_keeps_the_threshold_of_the_product(
+    inferencer: ResADInferencer, good: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    inferencer.enroll("tiles", good[:1], threshold=1.25, rotations=1)
+    assert inferencer.enroll("tiles", good[1:2], replace_existing=True, rotations=1).threshold == 1.25
+    assert inferencer.enroll("tiles", good[1:2], 2.5, replace_existing=True, rotations=1).threshold == 2.5
+    assert inferencer.enroll("new", good[1:2], replace_existing=True, rotations=1).threshold is None
+    path = inferencer.banks / "tiles.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert inferencer.enroll("tiles", good[:1], replace_existing=True, rotations=1).threshold is None
+    assert "If 'tiles' had a threshold of its own, set it again" in caplog.text
 
 
 def test_photos_of_one_name_are_told_apart(inferencer: ResADInferencer, good: list[Path], tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, read_bank
-from anomalib_resad.deploy.bundle import Manifest
-from anomalib_resad.enrollment.files import PART
+from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, product_name, read_bank
+from anomalib_resad.deploy.bundle import Manifest, Watch, stamp
+from anomalib_resad.enrollment.files import PART, remove_stale
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
 
@@ -24,14 +24,16 @@ class BankStore:
     Args:
         folder (Path): Folder of the banks; made when the first one is written.
         manifest (Manifest): The bundle's manifest.
+        watch (Watch): Looks after the bundle.
         most_loaded (int): Most banks kept in memory, the least recently used dropped first.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, most_loaded: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, watch: Watch, most_loaded: int) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.watch = watch
         self.most_loaded = most_loaded
-        self._loaded: OrderedDict[str, tuple[tuple[int, int], Bank, list[np.ndarray]]] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[tuple[int, ...], Bank, list[np.ndarray]]] = OrderedDict()
         self._lock = threading.RLock()
         if most_loaded < 1:
             msg = f"most_loaded={most_loaded} must be at least 1: the bank that is used has to be in memory."
@@ -48,8 +50,11 @@ class BankStore:
         Raises:
             ValueError: If the product is not enrolled.
             BankError: If its file cannot be used.
+            BundleError: If the bundle was replaced.
         """
         with self._lock:
+            self.watch.check()
+            name = product_name(name)
             stat = self._stat(name)
             if name not in self._loaded or self._loaded[name][0] != stat:
                 bank = read_bank(bank_file(self.folder, name), self.manifest)
@@ -74,13 +79,18 @@ class BankStore:
         Raises:
             ValueError: If the name cannot be that of a product.
             BankError: If the folder cannot be written, or another writer does not end.
+            BundleError: If the bundle was replaced.
         """
+        self.watch.check()
         path = bank_file(self.folder, name)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
-                for stale in self.folder.glob(f".{path.name}.*{PART}"):  # of a writer that was killed
-                    stale.unlink(missing_ok=True)
+                remove_stale(self.folder)
+                for left in self.folder.glob(f".{path.name}.*{PART}"):
+                    # Of a writer that was killed, since the lock is held; one more dot is that of another product.
+                    if left.name.count(".") == path.name.count(".") + 3:
+                        left.unlink(missing_ok=True)
                 yield
         except Timeout as error:
             msg = f"{name!r} is being changed by another process for more than {LOCK_SECONDS} s. Try again later."
@@ -121,12 +131,11 @@ class BankStore:
             bank_file(self.folder, name).unlink()
             self._loaded.pop(name, None)
 
-    def _stat(self, name: str) -> tuple[int, int]:
-        """Time and size of a bank's file, by which a change is noticed."""
+    def _stat(self, name: str) -> tuple[int, ...]:
+        """Dates and size of a bank's file, by which a change is noticed."""
         try:
-            stat = bank_file(self.folder, name).stat()
+            return stamp(bank_file(self.folder, name).stat())
         except FileNotFoundError as error:
             known = ", ".join(self.products) or "none"
             msg = f"{name!r} is not enrolled. Enrolled: {known}."
             raise ValueError(msg) from error
-        return stat.st_mtime_ns, stat.st_size

@@ -9,19 +9,22 @@
 import hashlib
 import json
 import math
+import os
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.enrollment.rotations import Rotations
+from anomalib_resad.enrollment.rotations import Rotations, check_rotations
+from anomalib_resad.enrollment.thresholds import is_threshold
 
 Precision = Literal["fp32", "fp16", "int8"]
 FORMAT = 1
 MANIFEST = "manifest.json"
 ENCODER, DETECTOR = "encoder.xml", "detector.xml"
 FILES = (ENCODER, DETECTOR, "encoder.bin", "detector.bin")
-LARGEST = 3e38  # of numbers that scores are compared with, in float32
+FOLDER = "(model-[0-9a-f]{32})?"  # of the files, in a bundle that replaced another
 
 
 class BundleError(ValueError):
@@ -50,11 +53,22 @@ class Scale:
         threshold (float | None): Raw value above which it is anomalous.
         low (float | None): Lowest raw value of the validation.
         high (float | None): Highest raw value of the validation.
+
+    Raises:
+        ValueError: If they are no finite numbers, or the lowest is above the highest.
     """
 
     threshold: float | None
     low: float | None
     high: float | None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        known = [each for each in (self.threshold, self.low, self.high) if each is not None]
+        _, low, high = self.numbers if all(map(is_threshold, known)) else (0, 1, 0)
+        if low > high:
+            msg = f"{self} is no range of finite numbers"
+            raise ValueError(msg)
 
     @property
     def numbers(self) -> tuple[float, float, float]:
@@ -82,6 +96,10 @@ class Manifest:
         versions (dict[str, str]): Packages that made it.
         files (dict[str, str]): SHA-256 of each file.
         weights (str): Where the backbone's weights are from; version 0.1.0 did not say.
+        folder (str): Folder of the files in the bundle, of one that replaced another; none for the bundle itself.
+
+    Raises:
+        ValueError: If something in it cannot be.
     """
 
     model: str
@@ -98,6 +116,29 @@ class Manifest:
     versions: dict[str, str]
     files: dict[str, str]
     weights: str = "unknown"
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        """Check types and values."""
+        texts = [self.model, self.backbone, self.weights, self.folder, *self.versions.values(), *self.files.values()]
+        shapes = [each for level in self.levels for each in (level.channels, level.height, level.width)]
+        check_rotations(self.rotations)
+        wrong = {
+            "text": not all(isinstance(each, str) for each in texts),
+            "number": not all(
+                type(each) is int and each > 0 for each in (*self.image_size, *shapes, self.row_multiple)
+            ),
+            "precision": self.precision not in get_args(Precision),
+            "image_size": len(self.image_size) != 2,
+            "levels": not self.levels,
+            "keyed": not isinstance(self.keyed, bool),
+            "label_above": not (is_threshold(self.label_above) and 0 <= self.label_above <= 1),
+            "files": sorted(self.files) != sorted(FILES),
+            "folder": re.fullmatch(FOLDER, self.folder) is None,
+        }
+        if any(wrong.values()):
+            msg = f"it says what cannot be ({', '.join(name for name, is_wrong in wrong.items() if is_wrong)})"
+            raise ValueError(msg)
 
     @property
     def encoder(self) -> str:
@@ -116,43 +157,45 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) < len(pairs):
-        msg = f"a key stands there twice, among {[key for key, _ in pairs]}"
-        raise ValueError(msg)
-    return dict(pairs)
+def strict_json(text: str | bytes) -> Any:  # noqa: ANN401
+    """Read JSON; no key may stand there twice, and every number is finite.
+
+    Raises:
+        ValueError: If it is not so.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) < len(pairs):
+            msg = f"a key stands there twice, among {[key for key, _ in pairs]}"
+            raise ValueError(msg)
+        return dict(pairs)
+
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            msg = f"{number} is no number that could be used"
+            raise ValueError(msg)
+        return float(number)
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
 
 
-def _no_constant(name: str) -> None:
-    msg = f"{name} is no number that could be used"
-    raise ValueError(msg)
-
-
-def _parse(text: str) -> Manifest | None:
-    """The manifest, or ``None`` if it has another format. Version 0.1.0 wrote no checksum.
+def _parse(text: bytes) -> Manifest | None:
+    """The manifest, or ``None`` if it has another format. Version 0.1.0 wrote no checksum, and none of the weights.
 
     Raises:
         ValueError: If something in it cannot be.
     """
-    known = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    known = strict_json(text)
     if known["format"] != FORMAT:
         return None
     checksum = known.pop("checksum", None)
-    if checksum is not None and checksum != _checksum(known):
+    if checksum != _checksum(known) and not (checksum is None and "weights" not in known):
         msg = "its checksum differs: it was altered"
         raise ValueError(msg)
     del known["format"]
     known["image_size"] = tuple(known["image_size"])
     known["levels"] = tuple(Level(**level) for level in known["levels"])
     known["score"], known["map"] = Scale(**known["score"]), Scale(**known["map"])
-    for scale in (known["score"], known["map"]):
-        _, low, high = scale.numbers
-        if low > high or not all(each is None or abs(each) < LARGEST for each in asdict(scale).values()):
-            msg = f"{scale} is no range"
-            raise ValueError(msg)
-    if set(FILES) - known["files"].keys():
-        msg = f"it lists {sorted(known['files'])}, not {sorted(FILES)}"
-        raise ValueError(msg)
     return Manifest(**known)
 
 
@@ -165,7 +208,7 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
     """Read and check a bundle: its manifest, and that every file is as it was written.
 
     Returns:
-        tuple[Manifest, dict[str, bytes]]: The manifest, and the content of each file that was checked.
+        tuple[Manifest, dict[str, bytes]]: The manifest, and the content of each file that was checked, its own too.
 
     Raises:
         BundleError: If something is missing, altered, or of another version.
@@ -176,19 +219,59 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
         msg = f"{bundle} is no bundle: it has no {MANIFEST}. Make one with `resad export`."
         raise BundleError(msg)
     try:
-        manifest = _parse(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        contents = {MANIFEST: path.read_bytes()}
+        manifest = _parse(contents[MANIFEST])
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         msg = f"{path} cannot be read ({error!r}). {again}"
         raise BundleError(msg) from error
     if manifest is None:
         msg = f"{path} has another format than {FORMAT}, which this version reads. Export the checkpoint again."
         raise BundleError(msg)
-    contents = {}
     for name, digest in manifest.files.items():
-        file = bundle / name
-        contents[name] = file.read_bytes() if Path(name).name == name and file.is_file() else b""
+        file = bundle / manifest.folder / name
+        try:
+            contents[name] = file.read_bytes()
+            problem = "altered or truncated"
+        except OSError as error:
+            contents[name], problem = b"", "missing" if isinstance(error, FileNotFoundError) else str(error)
         if hashlib.sha256(contents[name]).hexdigest() != digest:
-            problem = "altered or truncated" if file.is_file() else "missing"
+            if path.read_bytes() != contents[MANIFEST]:
+                return read_bundle(bundle)  # it was replaced meanwhile
             msg = f"{file} is {problem}. {again}"
             raise BundleError(msg)
     return manifest, contents
+
+
+class Watch:
+    """Notices that a bundle was replaced since it was opened; costs one look at a file's date.
+
+    Args:
+        bundle (Path): The bundle.
+        manifest (bytes): Content of its manifest when it was opened.
+    """
+
+    def __init__(self, bundle: Path, manifest: bytes) -> None:
+        self._path = bundle / MANIFEST
+        self._content = manifest
+        self._seen: os.stat_result | None = None
+
+    def check(self) -> None:
+        """Refuse to go on with a model that is no longer that of the folder; one that was moved away may go on.
+
+        Raises:
+            BundleError: If the manifest is another one.
+        """
+        try:
+            now = self._path.stat()
+            if self._seen is None or stamp(now) != stamp(self._seen):
+                if self._path.read_bytes() != self._content:
+                    msg = f"{self._path.parent} was replaced after it was opened. Open it again, to use the new model."
+                    raise BundleError(msg)
+                self._seen = now
+        except FileNotFoundError:
+            return
+
+
+def stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """What tells that a file was written anew: a copy may keep the date and the size of the other one."""
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino

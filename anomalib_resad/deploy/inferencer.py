@@ -2,19 +2,19 @@
 
 """The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
 
+import logging
 import math
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-import openvino as ov
 
-from anomalib_resad.deploy.bank import Bank, BankError, bank_file
+from anomalib_resad.deploy.bank import Bank, BankError, bank_file, product_name
 from anomalib_resad.deploy.bank_store import BankStore
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, read_bundle
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, BundleError, Watch, read_bundle
 from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.runtime import Runtime
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos, read_like
@@ -22,11 +22,8 @@ from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows
 from anomalib_resad.enrollment.thresholds import normalize
 
+logger = logging.getLogger(__name__)
 Photos: TypeAlias = str | Path | Iterable[Photo]
-
-# OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
-# a photo. Most products have photos of one size.
-CACHED_SHAPES = 64
 
 
 class ResADInferencer:
@@ -44,6 +41,7 @@ class ResADInferencer:
 
     Raises:
         BundleError: If the bundle cannot be used.
+        ValueError: If there is no such device, or a number is impossible.
     """
 
     def __init__(
@@ -55,21 +53,11 @@ class ResADInferencer:
         most_loaded: int = 32,
     ) -> None:
         self.bundle = Path(bundle)
-        self.manifest, self._files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
+        self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
         self.banks = Path(banks) if banks is not None else self.bundle / "banks"
         self.device = device
-        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None and threads < 1:
-            msg = f"threads={threads} must be at least 1, or None to leave it to OpenVINO."
-            raise ValueError(msg)
-        if threads is not None:
-            self._config["INFERENCE_NUM_THREADS"] = threads
-        if device == "CPU":
-            self._config["CPU_RUNTIME_CACHE_CAPACITY"] = CACHED_SHAPES
-        self._core = ov.Core()
-        self._requests: dict[str, ov.InferRequest] = {}
-        self._store = BankStore(self.banks, self.manifest, most_loaded)
-        self._lock = threading.RLock()
+        self._runtime = Runtime(files, device, threads)
+        self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
 
     # -- products -----------------------------------------------------------------------------------------------------
 
@@ -96,7 +84,8 @@ class ResADInferencer:
         Args:
             name (str): The product.
             photos (Photos): A folder, or photos.
-            threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
+            threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's, or for the
+                one of the product that is replaced.
             max_patches (int | None): Most rows of a level; ``None`` keeps them all.
             replace_existing (bool): Replace the product if it is enrolled already.
             rotations (Rotations | None): Orientations of each photo: 1 for photos as they are, 8 for every 45 degrees,
@@ -108,6 +97,7 @@ class ResADInferencer:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
             PhotoError: If a photo cannot be used; nothing was written then.
         """
+        name = product_name(name)
         self._check_new(name, replace_existing)
         if max_patches is not None and max_patches < 1:
             msg = f"max_patches={max_patches} must be at least 1, or None."
@@ -121,7 +111,15 @@ class ResADInferencer:
         bank = self._bank_of(name, features, orientations, depth, threshold, max_patches)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
-            return self._store.write(bank)
+            return self._store.write(bank if threshold is not None else bank.with_threshold(self._own_threshold(name)))
+
+    def _own_threshold(self, name: str) -> float | None:
+        """The threshold that a product has of its own; one that cannot be read, or is of another model, is lost."""
+        try:
+            return self.bank(name).threshold if bank_file(self.banks, name).exists() else None
+        except BankError as error:
+            logger.warning("If %r had a threshold of its own, set it again: its bank was unusable. %s", name, error)
+            return None
 
     def _check_new(self, name: str, replace_existing: bool) -> None:
         if bank_file(self.banks, name).exists() and not replace_existing:
@@ -140,6 +138,7 @@ class ResADInferencer:
             BankError: If the product was enrolled in another way meanwhile.
         """
         before = self._whole_bank(name)
+        name = before.product
         added, *_ = self._features_of(photos, before.rotations, before.bit_depth)
         with self._store.changing(name):
             bank = self._whole_bank(name)
@@ -240,15 +239,8 @@ class ResADInferencer:
     # -- inspection ---------------------------------------------------------------------------------------------------
 
     def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Run one of the two models, compiled at its first use."""
-        with self._lock:
-            if file not in self._requests:
-                weights = Path(file).with_suffix(".bin").name
-                read = self._core.read_model(self._files.pop(file), self._files.pop(weights))
-                model = self._core.compile_model(read, self.device, self._config)
-                self._requests[file] = model.create_infer_request()
-            outputs = self._requests[file].infer(inputs, share_inputs=True)
-            return [outputs[number] for number in range(len(outputs))]
+        """Run one of the two models."""
+        return self._runtime.run(file, inputs)
 
     def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
         """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
@@ -285,6 +277,9 @@ class ResADInferencer:
         score_scale, map_scale = scales_of(self.manifest, bank)
         above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
         normalized, normalized_maps = normalize(scores, *score_scale), normalize(maps[:, 0], *map_scale)
+        if not (np.isfinite(normalized).all() and np.isfinite(normalized_maps).all()):
+            msg = f"The model gave scores of NaN or infinity on {self.device}. Export it anew, or use another device."
+            raise BundleError(msg)
         return [
             Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw))
             for score, anomaly_map, raw in zip(normalized, normalized_maps, scores, strict=True)

@@ -3,19 +3,37 @@
 """Files and folders that are written whole or not at all."""
 
 import os
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
-from tempfile import mkdtemp
 from uuid import uuid4
 
-PART = ".part"  # ends the name of a file that is being written
+PART = ".part"  # ends the name of a file or a folder that is being written
+STALE_SECONDS = 24 * 3600  # what nobody wrote to for so long is of a writer that was killed
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside ``path`` that no two writers share, and that is short enough for every file system."""
+    unique = f".{uuid4().hex}{PART}"
+    kept = path.name.encode(errors="ignore")[: 250 - len(unique)].decode(errors="ignore")
+    return path.with_name(f".{kept}{unique}")
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what writers left in a folder that were killed, by its age: never what is being written."""
+    for path in folder.glob(f".*{PART}"):
+        with suppress(OSError):
+            is_ours = re.search(rf"\.[0-9a-f]{{32}}{PART}$", path.name) is not None
+            if is_ours and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, also when the device loses its power."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}{PART}")  # a name that no two writers share
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -37,10 +55,11 @@ def new_folder(path: Path) -> Iterator[Path]:
         msg = f"{path} exists; nothing was changed. Choose another output folder, or remove this one."
         raise FileExistsError(msg)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    remove_stale(path.parent)
+    temporary = temporary_name(path)
     try:
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o755)
         temporary.rename(path)
     finally:
         rmtree(temporary, ignore_errors=True)

@@ -17,6 +17,13 @@ import numpy as np
 from anomalib_resad.enrollment.calibration import product_threshold
 from anomalib_resad.enrollment.files import write_whole
 
+LARGEST = 1e30  # of thresholds and ranges: no score comes near, and float32 computes with it
+
+
+def is_threshold(value: object) -> bool:
+    """Whether something is a number that scores can be compared with: finite, and not absurd."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < LARGEST
+
 
 def center_and_width(threshold: Any, low: Any, high: Any, xp: Any = np) -> tuple[Any, Any]:  # noqa: ANN401
     """What is subtracted from a raw value, and half of what it is divided by; NaN stands for what is unknown.
@@ -37,12 +44,12 @@ def center_and_width(threshold: Any, low: Any, high: Any, xp: Any = np) -> tuple
 def normalize(raw: Any, threshold: Any, low: Any, high: Any, xp: Any = np) -> Any:  # noqa: ANN401
     """Raw values as models give them: in 0..1, 0.5 at the threshold, strictly increasing.
 
-    ``0.5 + u / (2 (1 + |u|))`` with ``u = 2 (raw - threshold) / (high - low)``; arguments as of
-    :func:`center_and_width`.
+    ``0.5 + u / (2 (1 + |u|))`` with ``u = 2 (raw - threshold) / (high - low)``, written so that nothing overflows
+    however narrow the range is; arguments as of :func:`center_and_width`.
     """
     center, width = center_and_width(threshold, low, high, xp)
-    u = 2 * (raw - center) / width
-    return 0.5 + u / (2 * (1 + abs(u)))
+    distance = 2 * (raw - center)
+    return 0.5 + 0.5 * distance / (width + abs(distance))
 
 
 def denormalize(value: float, threshold: float, low: float, high: float) -> float:
