@@ -119,6 +119,8 @@ def test_a_verdict_is_of_one_product_as_it_was(page: Page, good: list[Path], new
     assert page.verdict(found, "tiles", 0.01) == CHANGED
     page.remove("tiles")
     assert page.verdict(found, "tiles", 0.01) == CHANGED
+    assert page.enroll("tu\u0308r", [str(good[0])])[2].value == "t\u00fcr", "as macOS takes it apart"
+    assert "2 photos" in page.enroll("tu\u0308r", [str(good[1])])[0]
 
 
 def test_what_is_refused_is_said_in_its_place(page: Page, good: list[Path], tmp_path: Path) -> None:
@@ -386,12 +388,13 @@ def test_a_token_is_made_and_printed(
     apps = []
     monkeypatch.setattr(serving, "_listening", lambda _host, port: socket.create_server(("127.0.0.1", port or 0)))
     monkeypatch.setattr(serving.uvicorn.Server, "run", lambda self, _sockets: apps.append(self.config.app))
-    for host, count in ((ALL, 2), ("127.0.0.1", 1)):
+    for host, count in ((ALL, 3), ("192.168.1.5", 2), ("127.0.0.1", 1)):
         said: list[str] = []
         monkeypatch.setenv("GRADIO_TEMP_DIR", str(uploads))
         launch(inferencer, said.append, host, None, [], None, 30, 200)
         assert len(said) == count
-        assert ("token" in said[-1]) == (count == 2)
+        assert ("token" in said[-1]) == (count > 1)
+        assert ("--allowed_hosts" in said[min(1, count - 1)]) == (host == ALL)
     assert not files_in(uploads)
     monkeypatch.undo()
     with pytest.raises(OSError, match="Pass another"):

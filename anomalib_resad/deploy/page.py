@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank import Bank, product_name
 from anomalib_resad.deploy.guard import MOST_FILES
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
@@ -95,6 +95,7 @@ class Page:
             if len(files) > MOST_FILES:
                 msg = f"{len(files)} photos are too many at once; add them {MOST_FILES} at a time."
                 raise ValueError(msg)
+            name = product_name(name)
             known = name in self.inferencer.products
             if known:
                 bank = self.inferencer.add(name, list(files))

@@ -178,6 +178,7 @@ def application(
         raise ValueError(msg)
     largest = max_total_mb * 1_000_000
     uploads = Uploads(Path(get_upload_folder()), REQUESTS_KEPT * largest)
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # or photos stay in the browser
     Block.async_move_resource_to_block_cache = _move_uploads_alone  # type: ignore[method-assign, assignment]
     blocks = build(Page(inferencer, uploads)).queue(default_concurrency_limit=2, max_size=32, api_open=False)
     app = FastAPI(
@@ -190,7 +191,6 @@ def application(
         max_file_size=f"{max_upload_mb}mb",
         show_error=False,  # only those that are meant to be shown
         footer_links=[],
-        run_history=False,
         ssr_mode=False,
         theme=gr.themes.Default(font=FONT, font_mono=["monospace"]),
     )
@@ -231,6 +231,8 @@ def launch(
         app = application(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb)
         name = "localhost" if host in EVERYWHERE else (f"[{host}]" if ":" in host else host)
         say(f"The page: http://{name}:{listening.getsockname()[1]} (Ctrl+C ends it)")
+        if host in EVERYWHERE and not allowed_hosts:
+            say("It is served as localhost alone; name the other addresses that it is opened under: --allowed_hosts.")
         if needed is not None and token is None:
             say(f"It asks for a password, which is this token, of any user: {needed}")
         config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
