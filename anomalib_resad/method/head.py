@@ -47,7 +47,7 @@ class EvidenceHead(Estimator):
     """
 
     MOMENTUM = 0.02
-    WEIGHTS = (0.25, 2.0, 0.4)
+    WEIGHTS = (0.125, 2.0, 0.4)
     WEIGHTS_0_1 = (1.0, 2.0, 2.0)  # what version 0.1.0 trained and calibrated with
     trains = True
 

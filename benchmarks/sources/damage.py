@@ -97,7 +97,9 @@ def displaced(rng: Rng, image: Array, place: Place) -> Array:
     """A piece of the product at the wrong place, moved, mirrored or rotated."""
     size = len(image)
     mask = _shape(rng, size, place, size * rng.uniform(0.03, 0.12))
-    turn = cv2.getRotationMatrix2D((float(place[0]), float(place[1])), float(rng.choice([0, 20, 45, 90, 180])), 1.0)
+    turn: Array = cv2.getRotationMatrix2D(
+        (float(place[0]), float(place[1])), float(rng.choice([0, 20, 45, 90, 180])), 1.0
+    )
     turn[:, 2] += rng.choice([-1, 1], 2) * rng.uniform(0.02, 0.3, 2) * size
     moved = cv2.warpAffine(image, turn, (size, size), borderMode=cv2.BORDER_REFLECT)
     return _mix(image, moved, mask)

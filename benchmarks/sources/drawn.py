@@ -57,7 +57,8 @@ def _camera(design: Rng) -> Camera:
 def _moved(rng: Rng, image: Array, region: Array, camera: Camera) -> tuple[Array, Array]:
     """Position, rotation and scale of one photo, which the defects follow."""
     size = len(image)
-    matrix = cv2.getRotationMatrix2D((size / 2, size / 2), rng.normal(0, camera.tilt), 1 + rng.normal(0, camera.zoom))
+    tilt, zoom = rng.normal(0, camera.tilt), 1 + rng.normal(0, camera.zoom)
+    matrix: Array = cv2.getRotationMatrix2D((size / 2, size / 2), tilt, zoom)
     matrix[:, 2] += rng.normal(0, camera.shift, 2) * size
     moved = [
         cv2.warpAffine(each, matrix, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)

@@ -13,7 +13,8 @@ def _outline(design: Rng) -> Array:
     kind = design.integers(3)
     angles = np.linspace(0, 2 * np.pi, 240, endpoint=False)
     if kind == 0:  # waves of a few orders
-        radius = 0.8 + sum(design.uniform(-0.08, 0.08) * np.cos(n * angles + design.uniform(0, 6)) for n in range(2, 6))
+        waves = [design.uniform(-0.08, 0.08) * np.cos(n * angles + design.uniform(0, 6)) for n in range(2, 6)]
+        radius: Array = 0.8 + np.sum(waves, axis=0)
     elif kind == 1:  # teeth
         radius = 0.85 + 0.1 * np.sign(np.sin(design.integers(6, 24) * angles))
     else:

@@ -6,12 +6,13 @@ A surface gives, for each photo, a picture in 0..1 of shape ``(size, size, 3)`` 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]  # float32; OpenCV says less of what it returns
 Rng = np.random.Generator
 Drawing = tuple[Array, Array]
 Product = Callable[[Rng, int], Drawing]
@@ -28,7 +29,7 @@ def noise(rng: Rng, size: int, length: float, across: float | None = None, angle
         angle (float): Direction of ``length`` in degrees.
     """
     side = size if across is None else int(1.5 * size)
-    values = rng.standard_normal((side, side)).astype(np.float32)
+    values: Array = rng.standard_normal((side, side)).astype(np.float32)
     values = cv2.GaussianBlur(values, (0, 0), sigmaX=length, sigmaY=length if across is None else across)
     if across is not None:
         turn = cv2.getRotationMatrix2D((side / 2, side / 2), angle, 1.0)
@@ -69,7 +70,7 @@ def grain(design: Rng) -> Product:
     veins = bool(design.random() < 0.3)
 
     def draw(rng: Rng, size: int) -> Drawing:
-        value = np.zeros((size, size), np.float32)
+        value: Array = np.zeros((size, size), np.float32)
         for length, ratio, weight in layers:
             value += weight * noise(rng, size, length * ratio, length, angle)
         value /= max(float(value.std()), 1e-6)
