@@ -5,6 +5,7 @@
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ from rich.progress import track
 from rich.table import Table
 
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.messages import printable
+from anomalib_resad.deploy.messages import print_table, printable
 from anomalib_resad.deploy.pictures import overlay
-from anomalib_resad.deploy.results import TABLE, Results
+from anomalib_resad.deploy.results import Results, finished
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.files import TABLE, content_hash
 from anomalib_resad.enrollment.photos import PhotoError, list_photos
 from anomalib_resad.enrollment.rotations import Rotations
 
@@ -98,7 +100,8 @@ def enroll(
         banks: Folder of the products' banks, if not in the bundle.
         max_patches: Most rows of a level; by default all are kept.
         threshold: The product's own threshold, on the scale of the raw score.
-        mode: What to do: a new product, more photos for one, or one instead of another.
+        mode: What to do: a new product, more photos for one, or other photos for one. Its own threshold stays, unless
+            another one is given.
         rotations: In how many orientations each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the
             photos are rotated to each other. By default what the model was made with. Photos that are added follow the
             others.
@@ -121,7 +124,8 @@ def enroll(
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
-    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
+    own = "" if bank.threshold is None else f", its own threshold {bank.threshold:g}"
+    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB{own} ({names}).")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:
@@ -145,10 +149,12 @@ def products(bundle: Path, banks: Path | None = None, remove: str | None = None)
             continue
         own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g}"
         table.add_row(escape(name), str(len(bank.references)), f"{bank.size / 1e6:.1f}", own)
-    console.print(table)
+    print_table(table)
 
 
-def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None) -> None:
+def predict(
+    bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None, resume: bool = False
+) -> None:
     """Inspect photos: a map over each (PNG), and a table (results.csv), row by row.
 
     Files that cannot be read are reported and left out; the command then ends with status 1. Where it is interrupted,
@@ -160,37 +166,42 @@ def predict(bundle: Path, product: str, photos: Path, output: Path, banks: Path 
         photos: Folder of photos, or one photo.
         output: Folder for the results.
         banks: Folder of the products' banks, if not in the bundle.
+        resume: Keep the rows of an earlier run whose photo, bank and model are the same, and inspect the others.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
     inferencer.bank(product)
-    mine = output.resolve()
-    paths = [path for path in list_photos(photos) if mine not in path.resolve().parents]
     root = photos if photos.is_dir() else photos.parent
+    paths = {path.relative_to(root).as_posix(): path for path in list_photos(photos)}
+
+    def mark_of(name: str) -> str:
+        with suppress(OSError):  # inspecting it says so
+            return f"{content_hash(paths[name])} {inferencer.fingerprint(product)}"
+        return ""
+
+    kept = finished(output, paths, mark_of) if resume else {}
     stretch = inferencer.manifest.map.threshold is None
-    problems = []
-    with Results(output) as results:
+    with Results(output, kept) as results:
         try:
-            for path in track(paths, description="Inspecting", console=Console(stderr=True)):
-                name = path.relative_to(root).as_posix()
+            todo = [name for name in paths if name not in kept]
+            for name in track(todo, description="Inspecting", console=Console(stderr=True)):
+                mark = mark_of(name)
                 try:
-                    found, pixels = inferencer.inspect(path, product)
+                    found, pixels = inferencer.inspect(paths[name], product)
                 except PhotoError as error:
-                    problems.append(str(error))
                     results.fail(name, str(error))
                     continue
-                results.add(name, found, overlay(pixels, found.map, stretch=stretch))
-        except (KeyboardInterrupt, OSError) as error:
-            why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+                results.add(name, found, overlay(pixels, found.map, stretch=stretch), mark)
+        except (KeyboardInterrupt, Exception) as error:
+            why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)
             msg = (
                 f"Inspecting ended early: {why}. {results.count} of {len(paths)} rows are in {output / TABLE}. "
-                "Run the command again to inspect all photos."
+                "Run the command again with --resume true to inspect the others."
             )
             raise ValueError(msg) from error
-    done = f"{len(paths) - len(problems)} of {len(paths)} photos inspected"
-    say(f"{done}: {output / TABLE}")
-    for problem in problems:
-        console.print(f"[red]not inspected:[/red] {escape(printable(problem))}")
-    if problems:
+    say(f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")
+    for problem in results.problems:
+        say(problem)
+    if results.problems:
         sys.exit(1)
 
 
@@ -240,13 +251,25 @@ VERBS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run the command."""
+    """Run the command. Whatever goes wrong is one sentence, and with ``--debug`` Python's traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    words = [each for each in sys.argv[1:] if each != "--debug"]
+    about = "ResAD on a device. With --debug, an error shows where in the program it came up."
     try:
-        auto_cli(VERBS, as_positional=False, prog="resad")
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(printable(str(error)))}", soft_wrap=True)
+        auto_cli(VERBS, as_positional=False, prog="resad", args=words, description=about)
+    except (KeyboardInterrupt, Exception) as error:
+        if "--debug" in sys.argv[1:]:
+            raise
+        said = "Interrupted." if isinstance(error, KeyboardInterrupt) else explained(error)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(printable(said))}", soft_wrap=True)
         sys.exit(2)
+
+
+def explained(error: Exception) -> str:
+    """What to tell of an error; of those that nobody foresaw, also what it is."""
+    if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+        return str(error)
+    return f"unexpected {type(error).__name__}: {error}. Add --debug to see where it came up, and report it"
 
 
 if __name__ == "__main__":

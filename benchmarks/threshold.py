@@ -25,8 +25,7 @@ from torch import Tensor
 from anomalib_resad import CrossCategory, ResAD
 from anomalib_resad.data.cross_category import split_categories
 from anomalib_resad.enrollment.draws import seeded
-from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.enrollment.photos import content_hash
+from anomalib_resad.enrollment.files import content_hash, write_whole
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.reference_rows import leave_one_out
 from benchmarks.cells import Cell, append_cell, key, read_cells

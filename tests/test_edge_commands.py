@@ -8,13 +8,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad import cli
+from anomalib_resad.deploy import BundleError, ResADInferencer
 from anomalib_resad.export.edge_bundle import export_bundle
 from anomalib_resad.export.parity import STOCK, auroc, compare, table
 
@@ -67,6 +69,51 @@ def test_commands_without_torch(bundle: Path, good: list[Path], new: list[Path],
             assert picture.size == photo.size
     assert "'pill' is not enrolled. Enrolled: tiles." in resad(*predict, "--product", "pill", status=2)
     assert "is no bundle" in resad("products", "--bundle", tmp_path, status=2)
+
+
+def test_piped_tables_are_whole(bundle: Path, good: list[Path], tmp_path: Path) -> None:
+    """However long a name is; a bank that cannot be used is told beside the others."""
+    inferencer, name = ResADInferencer(bundle, banks=tmp_path), "a product with a long name " * 7
+    inferencer.enroll(name.strip(), good[:1], rotations=1)
+    (tmp_path / "broken.safetensors").write_bytes(b"none")
+    command = [sys.executable, "-m", "anomalib_resad.cli", "products", "--bundle", bundle, "--banks", tmp_path]
+    said = subprocess.run(
+        [str(each) for each in command], capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+    assert "…" not in said
+    assert any(name.strip() in line and "the model's" in line for line in said.splitlines())
+    assert any("broken.safetensors is truncated or no bank" in line for line in said.splitlines())
+
+
+def test_errors_are_one_sentence_and_debug_shows_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["resad", *(str(each) for each in arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code in (0, 2)
+        return " ".join(capsys.readouterr()[ended.value.code // 2].split())
+
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    assert run("products", "--bundle", tmp_path).startswith(f"Error: {tmp_path} is no bundle")
+    with pytest.raises(BundleError):
+        run("products", "--bundle", tmp_path, "--debug")
+    assert "--debug, an error shows where" in run("--help")
+    for error, said in (
+        (RuntimeError("broken"), "Error: unexpected RuntimeError: broken. Add --debug to see where"),
+        (MemoryError(), "Error: unexpected MemoryError"),
+        (PermissionError(13, "Permission denied", "a"), "Error: [Errno 13] Permission denied: 'a'"),
+        (KeyboardInterrupt(), "Error: Interrupted."),
+    ):
+        monkeypatch.setattr(cli, "ResADInferencer", partial(_raise, error))
+        assert run("products", "--bundle", tmp_path).startswith(said)
+    for option in ("--threshold", "--max_patches", "--rotations"):
+        assert "error" in run("enroll", "--bundle", "b", "--product", "p", "--photos", "p", option, "high")
+
+
+def _raise(error: BaseException, *_: object, **__: object) -> None:
+    raise error
 
 
 def test_export_as_a_command(bundle_default: Path, trained_default: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 """The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -190,6 +191,10 @@ class ResADInferencer:
             BankError: If its file cannot be used.
         """
         return self._store.load(name)[0]
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""
+        return hashlib.sha256(f"{self.manifest} {self.bank(name).checksum}".encode()).hexdigest()
 
     def _whole_bank(self, name: str) -> Bank:
         bank = self.bank(name)

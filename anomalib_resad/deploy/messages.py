@@ -7,6 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
+WIDEST = 10_000  # columns of a table in a file or a pipe
 BELOW = r"[/\\](?:[^\s/'\":;]+/)*"  # folders in a folder, up to the last slash
 FOLDER = re.compile(r"(?<![\w.])/(?:[^\s/'\":;]+/)+")  # of an absolute path
 
@@ -18,6 +22,14 @@ def printable(text: str) -> str:
         text (str): A name of a file, or a message with one in it.
     """
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def print_table(table: Table) -> None:
+    """Print a table without cutting anything off; where nobody looks at a terminal, as wide as it is."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDEST)).print(table)
 
 
 def without_folders(text: str, folders: Iterable[Path]) -> str:

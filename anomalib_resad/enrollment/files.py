@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files and folders that are written whole or not at all."""
+"""Files and folders: written whole or not at all, named by their content, told from those of this package."""
 
+import hashlib
 import os
 import re
 import time
@@ -13,6 +14,26 @@ from uuid import uuid4
 
 PART = ".part"  # ends the name of a file or a folder that is being written
 STALE_SECONDS = 24 * 3600  # what nobody wrote to for so long is of a writer that was killed
+
+
+TABLE, MAPS = "results.csv", "maps"  # what `resad predict` writes into a folder
+HEADER = "photo,score,label,raw_score,error"  # of the table
+
+
+def content_hash(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def earlier_maps(folder: Path) -> set[Path]:
+    """Folders of maps that `resad predict` wrote below a folder: pictures, but none of the user's photos."""
+
+    def is_ours(table: Path) -> bool:
+        with suppress(OSError), table.open("rb") as file:
+            return file.read(200).decode("utf-8-sig", "replace").startswith(HEADER)
+        return False
+
+    return {table.parent / MAPS for table in folder.rglob(TABLE) if is_ours(table)}
 
 
 def temporary_name(path: Path) -> Path:

@@ -31,6 +31,7 @@ from anomalib_resad.enrollment.decoding import (
     header_of,
     scaled,
 )
+from anomalib_resad.enrollment.files import earlier_maps
 
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 # Folders of operating systems and storage devices, beside those whose names begin with a dot.
@@ -49,11 +50,6 @@ class Reference:
     sha256: str
 
 
-def content_hash(path: Path | str) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 # -- which photos are there -------------------------------------------------------------------------------------------
 
 
@@ -70,7 +66,8 @@ def is_hidden(path: Path) -> bool:
 def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
     """The photos of a folder and of the folders in it, sorted by name; a list of files is taken as it is.
 
-    Hidden files and folders are left out, and files of other formats; one line of the log counts them.
+    Hidden files and folders are left out, files of other formats, and maps that `resad predict` wrote; one line of the
+    log counts them.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
@@ -84,10 +81,11 @@ def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
     if not folder.is_dir():
         msg = f"{folder} is neither a photo nor a folder of photos."
         raise FileNotFoundError(msg)
-    found, left_out = [], Counter[str]()
+    found, left_out, maps = [], Counter[str](), earlier_maps(folder)
     for path in sorted(folder.rglob("*")):
-        if is_hidden(path.relative_to(folder)):
-            left_out["hidden"] += is_photo_file(path)
+        hidden = is_hidden(path.relative_to(folder))
+        if hidden or maps.intersection(path.parents):
+            left_out["hidden" if hidden else "maps of earlier results"] += is_photo_file(path)
         elif is_photo_file(path):
             found.append(path)
         elif path.is_file():

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Precision
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.messages import print_table
 from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import list_photos
@@ -241,10 +242,17 @@ def parity(
     output: Path | None = None,
     most: int = 25,
 ) -> None:
-    """Print :func:`compare` of folders, and write it to a file; the arguments are those of ``resad parity``."""
+    """Print :func:`compare` of folders, and write it to a file; the arguments are those of ``resad parity``.
+
+    Raises:
+        ValueError: If there is nothing to compare, or the checkpoint cannot be exported.
+    """
+    if most < 1:
+        msg = f"most={most} must be at least 1."
+        raise ValueError(msg)
     paths = list_photos(photos)
     chosen = paths[:: max(1, -(-len(paths) // most))]
     result = compare(checkpoint, list_photos(references), chosen, list_photos(calibration) if calibration else None)
-    Console().print(table(result["rows"]))
+    print_table(table(result["rows"]))
     if output is not None:
         write_whole(output, (json.dumps(result, indent=2) + "\n").encode())
