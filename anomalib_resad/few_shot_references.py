@@ -2,8 +2,9 @@
 
 """Enroll the target from a few good photos, once, for test, predict and export."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from anomalib.data.utils import LabelName
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,14 +20,23 @@ from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Rows
 from anomalib_resad.method.reference_bank import BankRecord
 from anomalib_resad.post_processor import RankKeepingPostProcessor
-from anomalib_resad.reference_rows import leave_one_out, reference_rows
+from anomalib_resad.pre_processor import ExactPreProcessor
+from anomalib_resad.reference_rows import leave_one_out, product_size, reference_rows
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.source_references import DEFAULT_SHOTS, validates_on_source
 
 
-def store(model: ResADModel, post_processor: nn.Module | None, rows: Rows, record: BankRecord) -> None:
-    """Replace the bank, and forget the threshold of the product that it held: one never outlives the other."""
+def store(
+    model: ResADModel,
+    pre_processor: nn.Module | None,
+    post_processor: nn.Module | None,
+    rows: Rows,
+    record: BankRecord,
+) -> None:
+    """Replace the bank, resize photos as it needs, and forget the threshold of the product that it held."""
     model.bank.store(rows, record)
+    if isinstance(pre_processor, ExactPreProcessor) and record.image_size is not None:
+        pre_processor.take_size(record.image_size)
     if isinstance(post_processor, RankKeepingPostProcessor):
         post_processor.forget_product()
 
@@ -99,13 +109,19 @@ class FewShotReferences(Callback):
             photos=len(read),
             rotations_asked=rotations,
             bit_depth=read.bit_depth,
+            image_size=product_size(model, read.sizes),
         )
         if _same(model.bank.record, record):
             return
-        rows, orientations = reference_rows(model, pl_module.pre_processor, read.values(), rotations)
-        store(model, pl_module.post_processor, rows, BankRecord(**vars(record) | {"rotations": orientations}))
+        before = pl_module.pre_processor
+        rows, orientations = reference_rows(model, before, read.values(), rotations, record.image_size)
+        record = replace(record, rotations=orientations)
+        store(model, before, pl_module.post_processor, rows, record)
         drawn = "" if k_shot is None else f" (seed {self.seed})"
         rank_zero_info(f"Enrolled {len(chosen)} of {len(photos)} good photos of {where}{drawn}: {record.names}")
+        if record.image_size is not None:
+            height, width = record.image_size
+            rank_zero_info(f"Its photos are resized to {height} x {width} pixels (height x width), their usual shape.")
         if orientations > 1:
             why = "They are rotated to each other, so each" if rotations == "auto" else "Each"
             rank_zero_info(f"{why} was enrolled in {orientations} orientations (rotations={rotations!r}).")
@@ -174,8 +190,11 @@ class FewShotReferences(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target where validation is not about source images."""
-        if not validates_on_source(getattr(trainer, "datamodule", None)):
+        datamodule = getattr(trainer, "datamodule", None)
+        if not validates_on_source(datamodule):
             self.enroll(trainer, pl_module)
+        elif trainer.state.fn != TrainerFn.FITTING:  # a training has done so
+            cast("Any", pl_module).source.keep_shapes(datamodule, pl_module.model)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calibrate anew after what was trained, before the checkpoint is saved."""

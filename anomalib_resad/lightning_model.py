@@ -29,6 +29,7 @@ from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
+from anomalib_resad.enrollment.image_size import DEFAULT, ImageSize, read_image_size
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.export.anomalib_export import check_compression, finish_openvino, quantize, write_thresholds
 from anomalib_resad.few_shot_references import FewShotReferences
@@ -40,7 +41,7 @@ from anomalib_resad.method.presets import SETTINGS, EstimatorKind, Variant, reso
 from anomalib_resad.method.reference_bank import Metric
 from anomalib_resad.method.residual_flow import Residual
 from anomalib_resad.post_processor import RankKeepingPostProcessor
-from anomalib_resad.pre_processor import resize_and_normalize
+from anomalib_resad.pre_processor import choose_pre_processor, resize_and_normalize
 from anomalib_resad.torch_model import BUILD_ARGUMENTS, ResADModel, build, fit_to_backbone
 from anomalib_resad.training.epoch_seeds import EpochSeeds
 from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of, take_steps
@@ -88,7 +89,7 @@ class ResAD(AnomalibModule):
         weight_decay (float | None): Adam's weight decay; 5e-4.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
-        image_size (tuple[int, int]): Height and width that photos are resized to; whole patches of a transformer.
+        image_size (ImageSize): Height and width that photos are resized to, or ``"auto"`` to keep a product's shape.
         pre_processor (PreProcessor | bool): As in all models of anomalib, like the three that follow.
 
     Raises:
@@ -134,7 +135,7 @@ class ResAD(AnomalibModule):
         weight_decay: float | None = None,
         sigma: float = 4.0,
         cache_gb: float = 4.0,
-        image_size: tuple[int, int] = (224, 224),
+        image_size: ImageSize = DEFAULT,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -143,18 +144,16 @@ class ResAD(AnomalibModule):
         check_rate(0.5 if false_alarm_rate is None else false_alarm_rate)
         check_rotations(1 if rotations is None else rotations)
         check_bit_depth(bit_depth)
-        own_pre_processor = pre_processor is not True
-        if pre_processor is True:
-            pre_processor = self.configure_pre_processor((image_size[0], image_size[1]), backbone)
-        super().__init__(pre_processor, post_processor, evaluator, visualizer)
+        chosen = choose_pre_processor(pre_processor, image_size, backbone)
+        super().__init__(chosen, post_processor, evaluator, visualizer)
         # Plain types only: a checkpoint is loaded with weights_only=True.
-        self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": list(image_size)})
+        self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": read_image_size(image_size)})
         self._given = {name: self.hparams[name] for name in SETTINGS}
         if checkpoint is None:
             self.hparams.update(fit_to_backbone(resolve(variant, self._given), backbone, self._given))
             self.model = build(self.hparams, **{name: self.hparams[name] for name in BUILD_ARGUMENTS})
         else:
-            start_from(self, Path(checkpoint), self._given, own_pre_processor)
+            start_from(self, Path(checkpoint), self._given, pre_processor is not True)
         self.is_trainable = checkpoint is None and self.model.estimator.trains
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
@@ -163,7 +162,7 @@ class ResAD(AnomalibModule):
         self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
 
     @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None, backbone: str | None = None) -> PreProcessor:
+    def configure_pre_processor(image_size: ImageSize | None = None, backbone: str | None = None) -> PreProcessor:
         """See :func:`~anomalib_resad.pre_processor.resize_and_normalize`."""
         return resize_and_normalize(image_size, backbone)
 
@@ -219,9 +218,9 @@ class ResAD(AnomalibModule):
         """The estimator's steps of one batch, optimized by hand."""
         if not self.is_trainable:
             return torch.zeros((), device=self.device, requires_grad=True)
-        features, references, mask = self.source.prepare(batch, self.current_epoch)
+        photos, references, masks = self.source.prepare(batch, self.current_epoch)
         done = self.current_epoch + batch_idx / self.trainer.num_training_batches
-        steps = self.model.losses(features, references, mask, done / epochs_of(self.trainer.max_epochs))
+        steps = self.model.losses(photos, references, masks, done / epochs_of(self.trainer.max_epochs))
         logged = take_steps(steps, self.optimizers(), self.manual_backward)
         average_batch_norms(self.model.estimator.modules())
         self.log_dict(logged, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(references))

@@ -2,7 +2,7 @@
 
 """What the model makes of reference photos: their features, the rows that a bank keeps, and their own scores."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.image_size import Size, size_of_photos
 from anomalib_resad.enrollment.photos import read_pixels
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows, kept_rows
+from anomalib_resad.method.backbone import coarsest_stride
 from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, to_rows
+from anomalib_resad.pre_processor import with_size
 from anomalib_resad.torch_model import ResADModel
 
 LARGE_ENOUGH = (512, 512)  # of a blank photo, to see which size the pre-processor makes of it
@@ -34,22 +37,37 @@ def read_photo(path: str, bit_depth: BitDepth = "auto") -> Tensor:
     return as_tensor(read_pixels(path, bit_depth))
 
 
-def pre_process(pre_processor: nn.Module | None, photos: Tensor) -> Tensor:
-    """Resize and normalize photos ``(B, 3, H, W)`` as evaluation does."""
-    if isinstance(pre_processor, PreProcessor) and pre_processor.transform is not None:
-        return pre_processor.transform(photos)
+def product_size(model: ResADModel, sizes: Iterable[Size]) -> Size | None:
+    """The input size that a product has of its own, by the sizes of its good photos; ``None`` if it has the model's."""
+    backbone = model.encoder.backbone
+    if backbone.area_side is None:
+        return None
+    return size_of_photos(sizes, backbone.area_side, coarsest_stride(backbone.name, backbone.layers))
+
+
+def pre_process(pre_processor: nn.Module | None, photos: Tensor, size: Size | None = None) -> Tensor:
+    """Resize and normalize photos ``(B, 3, H, W)`` as evaluation does; to ``size`` if it is not the pre-processor's."""
+    if isinstance(pre_processor, PreProcessor):
+        transform = with_size(pre_processor.transform, size)
+        return photos if transform is None else transform(photos)
     return photos
 
 
 @torch.no_grad()
-def encode_photo(model: ResADModel, pre_processor: nn.Module | None, photo: Tensor) -> Features:
-    """Features of one photo, RGB in 0..1, shape ``(3, H, W)``: a batch of one."""
-    images = pre_process(pre_processor, photo[None])
+def encode_photo(
+    model: ResADModel, pre_processor: nn.Module | None, photo: Tensor, size: Size | None = None
+) -> Features:
+    """Features of one photo, RGB in 0..1, shape ``(3, H, W)``: a batch of one; ``size`` as of :func:`pre_process`."""
+    images = pre_process(pre_processor, photo[None], size)
     return model.encode(images.to(next(model.parameters()).device))
 
 
 def reference_rows(
-    model: ResADModel, pre_processor: nn.Module | None, photos: Collection[np.ndarray], rotations: Rotations
+    model: ResADModel,
+    pre_processor: nn.Module | None,
+    photos: Collection[np.ndarray],
+    rotations: Rotations,
+    size: Size | None = None,
 ) -> tuple[Rows, int]:
     """What a bank keeps of some photos.
 
@@ -58,13 +76,14 @@ def reference_rows(
         pre_processor (nn.Module | None): What comes before it.
         photos (Collection[np.ndarray]): The photos, uint8, shape ``(H, W, 3)`` each, one of them held at a time.
         rotations (Rotations): As of :func:`~anomalib_resad.enrollment.rotations.enrolled_rows`.
+        size (Size | None): As of :func:`pre_process`.
 
     Returns:
         tuple[Rows, int]: Rows, photo after photo, and the number of orientations.
     """
 
     def encode(pixels: np.ndarray) -> list[np.ndarray]:
-        features = encode_photo(model, pre_processor, as_tensor(pixels))
+        features = encode_photo(model, pre_processor, as_tensor(pixels), size)
         return [to_rows(level).cpu().numpy() for level in as_list(features)]
 
     with Console(stderr=True).status(f"Enrolling {len(photos)} photos"):

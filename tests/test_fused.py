@@ -236,7 +236,7 @@ def test_loss_of_a_batch_by_hand() -> None:
         nn.functional.softplus(torch.stack(expected[False])).mean()
         + nn.functional.softplus(-torch.stack(expected[True])).mean()
     ) / 2
-    (step,) = head.losses(Features([values], keys), references, mask, progress=0.5)
+    (step,) = head.losses(Features([values], keys).photos, references, mask, progress=0.5)
     torch.testing.assert_close(step["head"], loss)
 
 
@@ -252,7 +252,7 @@ def test_loss_takes_no_more_patches_than_it_should() -> None:
     original = head.loss
     head.loss = lambda *arguments: (counts.append(arguments[2].sum().item()), original(*arguments))[1]  # type: ignore[method-assign]
     for _ in range(3):
-        (step,) = head.losses(features, [rows], mask, progress=0.0)
+        (step,) = head.losses([features], [rows], mask, progress=0.0)
         losses.add(round(step["head"].item(), 6))
     assert counts == [PATCHES[1]] * 3
     assert len(losses) == 3

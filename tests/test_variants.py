@@ -117,7 +117,7 @@ def test_each_option_trains_a_step_and_scores(settings: dict[str, Any], images: 
     model.bank.fill(features.photo(0))
     mask = torch.zeros(3, *images.shape[-2:])
     mask[1, :8, :8] = 1
-    steps = list(model.losses(features, [model.bank.rows] * 3, mask, progress=1.0))
+    steps = list(model.losses(features.photos, [model.bank.rows] * 3, mask, progress=1.0))
     assert len(steps) == 1
     total = torch.stack([*steps[0].values()]).sum()
     assert torch.isfinite(total)
@@ -154,7 +154,7 @@ def test_warm_up_is_about_normal_patches_alone(images: Tensor) -> None:
     features, mask = model.encode(images), torch.ones(3, *images.shape[-2:])
     model.bank.fill(features)
     losses = {
-        progress: next(model.losses(features, [model.bank.rows] * 3, mask, progress))["flow"]
+        progress: next(model.losses(features.photos, [model.bank.rows] * 3, mask, progress))["flow"]
         for progress in (0.0, 0.09, 0.11, 1.0)
     }
     assert losses[0.0] == losses[0.09] == 0

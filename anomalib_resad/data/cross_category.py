@@ -13,7 +13,9 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import LabelName, TestSplitMode, ValSplitMode
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from pandas import DataFrame
+from torch.utils.data import DataLoader, SequentialSampler
 
+from anomalib_resad.data.category_batches import CategoryBatches
 from anomalib_resad.data.masks import check_masks, listed
 from anomalib_resad.data.product_folder import ProductFolder, SamplesDataset
 from anomalib_resad.enrollment.draws import draw, seeded
@@ -248,8 +250,13 @@ class CrossCategory(AnomalibDataModule):
         """The validation data is the held-out share of the source."""
 
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Held-out source images; none where nothing is held out."""
-        return super().val_dataloader() if len(self.val_data) else []
+        """Held-out source images, those of one category together; none where nothing is held out."""
+        if not len(self.val_data):
+            return []
+        categories = self.val_data.samples.category.tolist()
+        batches = CategoryBatches(SequentialSampler(categories), self.eval_batch_size, False, categories)
+        collate = self.external_collate_fn or self.val_data.collate_fn
+        return DataLoader(self.val_data, batch_sampler=batches, num_workers=self.num_workers, collate_fn=collate)
 
     def test_dataloader(self) -> EVAL_DATALOADERS:
         """Test images of the target.

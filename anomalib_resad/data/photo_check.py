@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import ImageItem
+from anomalib.data import AnomalibDataModule, ImageItem
 from anomalib.data.datasets.base.video import AnomalibVideoDataset
 from anomalib.data.predict import PredictDataset
 from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils.synthetic import SyntheticAnomalyDataset
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchvision.transforms.v2 import Resize
 
@@ -101,6 +102,13 @@ class PhotoCheck(Callback):
             PhotoError: If there are some.
         """
         self._check_depth(trainer, pl_module, "test")
+        _start_anew(trainer, trainer.test_loop)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the photos of a validation outside of a training by what is known only now."""
+        del pl_module
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            _start_anew(trainer, trainer.validate_loop)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The same before a prediction.
@@ -109,6 +117,7 @@ class PhotoCheck(Callback):
             PhotoError: If there are some.
         """
         self._check_depth(trainer, pl_module, "predict")
+        _start_anew(trainer, trainer.predict_loop)
 
     @staticmethod
     def _check_depth(trainer: Trainer, pl_module: Any, stage: str) -> None:  # noqa: ANN401  # a ResAD
@@ -163,6 +172,13 @@ class PhotoCheck(Callback):
         if isinstance(exception, OSError | SyntaxError):  # what Pillow raises
             for dataset in _datasets(trainer, str(trainer.state.stage and trainer.state.stage.value)):
                 check_photos(_paths(dataset), "photos", decode=True, bit_depth=self.bit_depth)
+
+
+def _start_anew(trainer: Trainer, loop: Any) -> None:  # noqa: ANN401  # Lightning's loops
+    """Let loaders begin again: their processes read by the bit depth and the size from before the enrollment."""
+    if isinstance(getattr(trainer, "datamodule", None), AnomalibDataModule):
+        trainer.datamodule._update_augmentations()  # type: ignore[attr-defined]
+    loop.reset()
 
 
 def _datasets(trainer: Trainer, stage: str) -> Iterator[Any]:

@@ -3,7 +3,9 @@
 """Your own products in MVTec AD's folder layout: any image format, masks optional."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import cast
 
 import numpy as np
@@ -12,11 +14,13 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torch import Tensor
+from torchvision.transforms.v2 import Resize
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
 from anomalib_resad.data.masks import check_masks, listed, read_mask
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import (
     EXTENSIONS,
     check_photos,
@@ -48,9 +52,12 @@ class SamplesDataset(AnomalibDataset):
 
     Attributes:
         bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use; :class:`PhotoCheck` sets it.
+        sizes (Mapping[str, Size]): By category, height and width that photos are resized to, where each category has
+            its own; a training sets it.
     """
 
     bit_depth: BitDepth = "auto"
+    sizes: Mapping[str, Size] = MappingProxyType({})
 
     def __init__(self, samples: DataFrame, task: str) -> None:
         super().__init__()
@@ -70,8 +77,10 @@ class SamplesDataset(AnomalibDataset):
             has_mask = sample.label_index == LabelName.ABNORMAL
             shown = read_mask(sample.mask_path, read_header(sample.image_path)) if has_mask else None
             mask = Mask(torch.zeros(image.shape[-2:]) if shown is None else torch.from_numpy(shown))
-        if self.augmentations:
-            augmented = self.augmentations(image) if mask is None else self.augmentations(image, mask)
+        own = self.sizes.get(sample.category) if self.sizes else None
+        transform = self.augmentations if own is None else Resize(own, antialias=True)
+        if transform:
+            augmented = transform(image) if mask is None else transform(image, mask)
             image, mask = (augmented, None) if mask is None else augmented
         return ImageItem(
             image=image,

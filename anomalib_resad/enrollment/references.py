@@ -2,12 +2,13 @@
 
 """The good photos that a bank is made of: checked all together, then decoded one at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from anomalib_resad.enrollment.decoding import BitDepth, check_same_depth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, identify, refuse
 
 
@@ -16,11 +17,15 @@ class References(Mapping[Reference, np.ndarray]):
 
     Attributes:
         bit_depth (int): Bits of a channel of all of them.
+        sizes (list[Size]): Height and width of each.
     """
 
-    def __init__(self, readers: Mapping[Reference, Callable[[], np.ndarray]], bit_depth: int) -> None:
+    def __init__(
+        self, readers: Mapping[Reference, Callable[[], np.ndarray]], bit_depth: int, sizes: Sequence[Size]
+    ) -> None:
         self._readers = readers
         self.bit_depth = bit_depth
+        self.sizes = list(sizes)
 
     def __getitem__(self, reference: Reference) -> np.ndarray:
         """Pixels of a photo, uint8, shape ``(H, W, 3)``.
@@ -61,12 +66,14 @@ def read_references(photos: Iterable[Photo], bit_depth: BitDepth = "auto") -> Re
         PhotoError: If some cannot be used, the message names up to five of them; or if they differ in depth.
     """
     read: dict[Reference, Photo] = {}
+    sizes: dict[Reference, Size] = {}
     depths: dict[int, Reference] = {}
     problems = []
     for photo in photos:
         try:
-            reference, _, depth = identify(photo, bit_depth)
+            reference, pixels, depth = identify(photo, bit_depth)
             read[reference] = photo
+            sizes[reference] = (pixels.shape[0], pixels.shape[1])
             depths.setdefault(depth, reference)
         except PhotoError as error:  # noqa: PERF203  # all of them are named
             problems.append(str(error).rstrip("."))
@@ -81,4 +88,4 @@ def read_references(photos: Iterable[Photo], bit_depth: BitDepth = "auto") -> Re
     if bit_depth != "auto" and depths:
         check_same_depth(depth, bit_depth)
     readers = {each: partial(_read_again, read[each], each, depth) for each in by_content(read)}
-    return References(readers, depth)
+    return References(readers, depth, [sizes[each] for each in readers])

@@ -84,6 +84,9 @@ def load_model(checkpoint: Path | str) -> ResAD:
     if model.pre_processor is None or model.post_processor is None:
         msg = f"{checkpoint} has no pre- or post-processor; a bundle holds both. Train it with the default ones."
         raise ValueError(msg)
+    if model.model.encoder.backbone.area_side is not None:
+        msg = f"{checkpoint} keeps the shape of photos (image_size='auto'), which bundles cannot. Train it with a size."
+        raise ValueError(msg)
     return model
 
 

@@ -35,7 +35,7 @@ from anomalib_resad.export.edge_bundle import convert, load_model, trace, write_
 from anomalib_resad.few_shot_references import store
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.reference_bank import BankRecord
-from anomalib_resad.reference_rows import read_photo, reference_rows
+from anomalib_resad.reference_rows import product_size, read_photo, reference_rows
 
 COLUMNS = {
     "score_max": "score max",
@@ -82,10 +82,12 @@ class TorchReference:
     def __init__(self, model: ResAD, references: Sequence[Path]) -> None:
         self.model = model
         read = read_references(references)
-        rows, orientations = reference_rows(model.model, model.pre_processor, read.values(), model.hparams["rotations"])
+        torch_model, before = model.model, model.pre_processor
+        size = product_size(torch_model, read.sizes)
+        rows, orientations = reference_rows(torch_model, before, read.values(), model.hparams["rotations"], size)
         files = tuple((each.name, each.sha256) for each in read)
-        record = BankRecord(files=files, photos=len(read), rotations=orientations)
-        store(model.model, model.post_processor, rows, record)
+        record = BankRecord(files=files, photos=len(read), rotations=orientations, image_size=size)
+        store(torch_model, before, model.post_processor, rows, record)
 
     def _image(self, photo: Path) -> torch.Tensor:
         return self.model.pre_processor.transform(read_photo(str(photo))[None])  # type: ignore[union-attr, operator]

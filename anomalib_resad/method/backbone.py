@@ -44,6 +44,7 @@ class Backbone:
         levels (dict[str, int]): The levels' names and timm's indices of them, from the input on.
         strides (list[int]): Pixels per patch of each level.
         takes_size (bool): Whether the input size is part of the architecture: vision transformers.
+        takes_any_size (bool): Whether one model takes inputs of any size, in whole patches.
         mean (tuple[float, ...]): Mean of the inputs per channel that the pretrained weights expect.
         std (tuple[float, ...]): Their standard deviation.
     """
@@ -51,6 +52,7 @@ class Backbone:
     levels: dict[str, int]
     strides: list[int]
     takes_size: bool
+    takes_any_size: bool
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -95,10 +97,12 @@ def describe(name: str) -> Backbone:
         raise ValueError(msg) from error
     info = probe.feature_info.info
     config = timm.get_pretrained_cfg(name)
+    parameters = inspect.signature(type(probe.model).__init__).parameters
     return Backbone(
         levels={each["module"]: int(each.get("index", position)) for position, each in enumerate(info)},
         strides=[int(each["reduction"]) for each in info],
-        takes_size="img_size" in inspect.signature(type(probe.model).__init__).parameters,
+        takes_size="img_size" in parameters,
+        takes_any_size="img_size" not in parameters or "dynamic_img_size" in parameters,
         mean=tuple(config.mean if config else IMAGENET_DEFAULT_MEAN),
         std=tuple(config.std if config else IMAGENET_DEFAULT_STD),
     )
@@ -118,6 +122,13 @@ def choose_layers(name: str, layers: Sequence[str] | None) -> list[str]:
         msg = f"layers={list(layers)} must name different levels of backbone '{name}', which has {[*backbone.levels]}."
         raise ValueError(msg)
     return list(layers)
+
+
+def coarsest_stride(name: str, layers: Sequence[str] | None = None) -> int:
+    """Pixels per patch of the coarsest of some levels, by default those of :func:`choose_layers`."""
+    backbone = describe(name)
+    strides = dict(zip(backbone.levels, backbone.strides, strict=True))
+    return max(strides[layer] for layer in choose_layers(name, layers))
 
 
 def check_image_size(name: str, size: Sequence[int]) -> None:
@@ -150,6 +161,8 @@ class FeaturePyramid(nn.Module):
             wheel, see :func:`~anomalib_resad.method.backbone_weights.read_weights`; comes before ``pre_trained``.
         image_size (Sequence[int] | None): Height and width of the input, which transformers must know beforehand; by
             default that of timm's pretrained weights.
+        area_side (int | None): Side of the square with as many pixels as an input has, where each product has a size of
+            its own; ``image_size`` is then only where a transformer's positions are kept.
 
     Raises:
         ValueError: If the backbone or a level is unknown, or the image size does not fit.
@@ -166,8 +179,10 @@ class FeaturePyramid(nn.Module):
         pre_trained: bool = True,
         weights: Path | str | None = None,
         image_size: Sequence[int] | None = None,
+        area_side: int | None = None,
     ) -> None:
         super().__init__()
+        self.area_side = area_side
         self.name = name
         self.layers = tuple(choose_layers(name, layers))
         self.pre_trained = pre_trained
@@ -175,6 +190,9 @@ class FeaturePyramid(nn.Module):
         self.image_size = tuple(image_size) if image_size else None
         if self.image_size:
             check_image_size(name, self.image_size)
+        if area_side is not None and not describe(name).takes_any_size:
+            msg = f"Backbone '{name}' takes inputs of one size: give image_size as a height and a width."
+            raise ValueError(msg)
         self.net = self._create(pretrained=False)
         self.net.eval().requires_grad_(requires_grad=False)
         self.channels: list[int] = list(self.net.feature_info.channels())
@@ -185,6 +203,8 @@ class FeaturePyramid(nn.Module):
         backbone = describe(self.name)
         indices = tuple(backbone.levels[layer] for layer in self.layers)
         size: dict[str, Any] = {"img_size": self.image_size} if backbone.takes_size and self.image_size else {}
+        if size and self.area_side is not None:
+            size["dynamic_img_size"] = True
         if backbone.is_transformer:
             # With the final norm on each level, as DINOv2 does it: without, the features grow from block to block, and
             # a few channels drown the others.

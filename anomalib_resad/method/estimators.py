@@ -29,14 +29,14 @@ class Estimator(nn.Module):
         raise NotImplementedError
 
     def losses(
-        self, features: Features, references: Sequence[Rows], mask: Tensor, progress: float
+        self, photos: Sequence[Features], references: Sequence[Rows], masks: Sequence[Tensor], progress: float
     ) -> Iterator[dict[str, Tensor]]:
         """Losses of one batch, one dictionary for each step of the optimizer; a step minimizes the sum of its losses.
 
         Args:
-            features (Features): Features of the batch.
+            photos (Sequence[Features]): Features of each photo, a batch of one; their sizes may differ.
             references (Sequence[Rows]): References of each photo.
-            mask (Tensor): 1 for defective pixels, shape ``(B, H, W)``.
+            masks (Sequence[Tensor]): 1 for defective pixels, shape ``(H, W)``, of each photo.
             progress (float): How much of the training is done, 0 to 1.
         """
         raise NotImplementedError

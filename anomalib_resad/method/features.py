@@ -20,6 +20,11 @@ class Features(NamedTuple):
     values: list[Tensor]
     keys: Tensor | None = None
 
+    @property
+    def photos(self) -> list["Features"]:
+        """The features of each photo, a batch of one."""
+        return [self.photo(index) for index in range(len(self.values[0]))]
+
     def photo(self, index: int) -> "Features":
         """The features of one photo, a batch of one."""
         return from_list([level[index : index + 1] for level in as_list(self)], self.keys is not None)

@@ -78,29 +78,27 @@ class EvidenceHead(Estimator):
         return [self.anomalies(to_rows(values) - to_rows(match), elsewhere)]
 
     def losses(
-        self, features: Features, references: Sequence[Rows], mask: Tensor, progress: float
+        self, photos: Sequence[Features], references: Sequence[Rows], masks: Sequence[Tensor], progress: float
     ) -> Iterator[dict[str, Tensor]]:
         """One step, on some normal and some abnormal patches of each image, drawn at random; only these are matched.
 
         See :meth:`Estimator.losses`.
         """
         del progress
-        assert features.keys is not None
-        (values,) = features.values
-        height, width = values.shape[-2:]
-        shares = F.adaptive_avg_pool2d(mask[:, None].float(), (height, width)).flatten(1)  # (B, H * W)
-        elsewhere = self_similarity_distance(features.keys).flatten(1)
         residuals, distances, labels = [], [], []
-        for image, keys, rows, share, distance_map in zip(
-            values, features.keys, references, shares, elsewhere, strict=True
-        ):
+        for photo, rows, mask in zip(photos, references, masks, strict=True):
+            assert photo.keys is not None
             assert rows.keys is not None
+            (values,) = photo.values
+            height, width = values.shape[-2:]
+            share = F.adaptive_avg_pool2d(mask[None, None].float(), (height, width)).flatten()  # (H * W,)
+            elsewhere = self_similarity_distance(photo.keys).flatten()
             shuffled = torch.randperm(len(share), device=share.device)
             sides = (share[shuffled] == 0, share[shuffled] >= ABNORMAL_SHARE)
             chosen = torch.cat([shuffled[side][:most] for side, most in zip(sides, PATCHES, strict=True)])
-            nearest = nearest_rows(to_rows(keys[None])[chosen], rows.keys, self.metric)
-            residuals.append(to_rows(image[None])[chosen] - rows.values[0][nearest])
-            distances.append(distance_map[chosen])
+            nearest = nearest_rows(to_rows(photo.keys)[chosen], rows.keys, self.metric)
+            residuals.append(to_rows(values)[chosen] - rows.values[0][nearest])
+            distances.append(elsewhere[chosen])
             labels.append(share[chosen] > 0)
         yield {"head": self.loss(torch.cat(residuals), torch.cat(distances), torch.cat(labels))}
 

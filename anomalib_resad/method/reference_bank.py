@@ -142,6 +142,8 @@ class BankRecord:
         rotations_asked (int | str | None): Rotations that were asked for, ``"auto"`` or a number.
         rotations (int): Orientations of each photo; 1 for photos as they are.
         bit_depth (int): Bits of a channel of the photos.
+        image_size (tuple[int, int] | None): Height and width that the product's photos are resized to, chosen from
+            these; ``None`` for the model's own.
     """
 
     category: str | None = None
@@ -153,6 +155,7 @@ class BankRecord:
     rotations_asked: int | str | None = None
     rotations: int = 1
     bit_depth: int = 8
+    image_size: tuple[int, int] | None = None
 
     @property
     def names(self) -> str:
@@ -164,6 +167,8 @@ class BankRecord:
         """Restore what was saved, also by version 0.1.0, which kept files as dictionaries and counted no photos."""
         known = {field.name: state[field.name] for field in fields(cls) if field.name in state}
         files = [(each["name"], each["sha256"]) if isinstance(each, dict) else each for each in state.get("files", ())]
+        if known.get("image_size") is not None:
+            known["image_size"] = tuple(known["image_size"])
         known["files"] = tuple((str(name), str(digest)) for name, digest in files)
         return cls(**{"photos": len(files)} | known)
 

@@ -157,21 +157,21 @@ class ResidualFlow(Estimator):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def losses(
-        self, features: Features, references: Sequence[Rows], mask: Tensor, progress: float
+        self, photos: Sequence[Features], references: Sequence[Rows], masks: Sequence[Tensor], progress: float
     ) -> Iterator[dict[str, Tensor]]:
         """Steps of the flow over shuffled patches; the first one trains constraintor and codebook too.
 
-        See :meth:`Estimator.losses`.
+        See :meth:`Estimator.losses`; here all photos have one size.
         """
-        photos = [features.photo(index) for index in range(len(references))]
+        features = Features([torch.cat(level) for level in zip(*(photo.values for photo in photos), strict=True)])
         with torch.no_grad():
             each = [
                 nearest_of_each_level(photo, rows, self.metric) for photo, rows in zip(photos, references, strict=True)
             ]
         matched = [torch.cat(level) for level in zip(*each, strict=True)]
-        masks = level_masks(mask, features.values)
-        occ, constrained = self.constrain_loss(features, matched, masks)
-        for step, loss in enumerate(self.flow_losses(constrained, masks, warming_up=progress < self.warmup)):
+        of_levels = level_masks(torch.stack(list(masks)), features.values)
+        occ, constrained = self.constrain_loss(features, matched, of_levels)
+        for step, loss in enumerate(self.flow_losses(constrained, of_levels, warming_up=progress < self.warmup)):
             yield {"occ": occ if step == 0 else occ.detach(), "flow": loss}
 
     def constrain_loss(

@@ -4,8 +4,13 @@
 
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from anomalib_resad.enrollment.draws import draw, seeded
+from anomalib_resad.enrollment.image_size import Size
+from anomalib_resad.enrollment.photos import read_header
+from anomalib_resad.reference_rows import product_size
+from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.source_photos import category_of
 
 
@@ -24,6 +29,18 @@ class ReferencePools:
         self.good: dict[str, list[str]] = {}
         for path in train.image_path[train.label_index == LabelName.NORMAL]:
             self.good.setdefault(self.category_of[path], []).append(path)
+
+    def sizes(self, model: ResADModel) -> dict[str, Size]:
+        """Input size of each category by the shapes of its good images; none where all have the model's."""
+        sizes = {
+            category: product_size(model, (read_header(path).stored for path in paths))
+            for category, paths in self.good.items()
+        }
+        chosen = {category: size for category, size in sizes.items() if size is not None}
+        if chosen:
+            listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in chosen.items())
+            rank_zero_info(f"Source photos are resized to their usual shape (height x width): {listed}.")
+        return chosen
 
     def draw(self, path: str, k_shot: int, *keys: int | str) -> list[str]:
         """Draw references for an image from its own category: never itself, without replacement.

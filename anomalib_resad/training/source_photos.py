@@ -6,7 +6,8 @@ The loader's worker processes decode the other photos; a batch then holds photos
 model's input, and paths alone where nothing needs to be decoded.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,8 +17,10 @@ from anomalib.data.utils import LabelName
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import Compose, Resize
+from torchvision.tv_tensors import Mask
 
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import is_read_alike
 from anomalib_resad.reference_rows import read_photo
 
@@ -70,6 +73,16 @@ def augments(dataset: AnomalibDataset) -> bool:
     return any(step is not None and not isinstance(step, Resize) for step in steps)
 
 
+def without_resize(dataset: AnomalibDataset) -> AnomalibDataset:
+    """The same data set, without the model's own resizing that anomalib added."""
+    transform = getattr(dataset, "augmentations", None)
+    steps = transform.transforms if isinstance(transform, Compose) else [transform]
+    kept = [step for step in steps if step is not None and not isinstance(step, Resize)]
+    plain = copy.copy(dataset)
+    plain.augmentations = Compose(kept) if kept else None
+    return plain
+
+
 class SourcePhotos(Dataset):
     """A data set of anomalib whose items are :class:`SourcePhoto`, decoded only where that is needed.
 
@@ -81,13 +94,17 @@ class SourcePhotos(Dataset):
 
     Attributes:
         kept (set[str] | None): Photos that need no decoding; ``None``, before training starts, for all of them.
+        sizes (Mapping[str, Size]): By category, height and width that photos are resized to; of others the data set
+            decides.
     """
 
     def __init__(self, dataset: AnomalibDataset, bit_depth: BitDepth = "auto") -> None:
         self.dataset = dataset
+        self.sizes: Mapping[str, Size] = {}
         self.bit_depth = bit_depth
         self.kept: set[str] | None = None
         self._index = {path: index for index, path in enumerate(dataset.samples.image_path)}
+        self._category = category_of(dataset)
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         """What the data set has."""
@@ -113,16 +130,19 @@ class SourcePhotos(Dataset):
         Raises:
             ValueError: If it is defective and has no mask.
         """
-        item = cast("ImageItem", self.dataset[self._index[path]])
+        size = self.sizes.get(self._category[path])
+        item = cast("ImageItem", (self.dataset if size is None else without_resize(self.dataset))[self._index[path]])
         label = int(item.gt_label) if item.gt_label is not None else int(LabelName.NORMAL)
         if label == LabelName.ABNORMAL and item.gt_mask is None:
             msg = f"{path} is defective and has no mask. Train with CrossCategory, which leaves such images out."
             raise ValueError(msg)
         mask = item.gt_mask if label == LabelName.ABNORMAL else None
         plain = is_read_alike(path)  # else anomalib's own data sets read other pixels
-        return SourcePhoto(
-            path, label, torch.as_tensor(item.image) if plain else read_photo(path, self.bit_depth), mask
-        )
+        image = torch.as_tensor(item.image) if plain else read_photo(path, self.bit_depth)
+        if size is not None:
+            resize = Resize(size, antialias=True)
+            image, mask = resize(image), None if mask is None else resize(Mask(mask))
+        return SourcePhoto(path, label, image, mask)
 
     @staticmethod
     def collate_fn(photos: Sequence[SourcePhoto]) -> SourceBatch:

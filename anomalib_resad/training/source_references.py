@@ -20,10 +20,12 @@ from torchvision.tv_tensors import Mask
 
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.draws import draw, key_of, seeded
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import check_photos, read_header
 from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
-from anomalib_resad.method.features import Features, Rows, as_list, from_list, rows_from_list, rows_of
+from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of
+from anomalib_resad.pre_processor import with_size
 from anomalib_resad.reference_rows import encode_photo, pre_process, read_photo, reference_rows
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.feature_cache import FeatureCache, Picture
@@ -80,6 +82,7 @@ class SourceReferences:
         self.cache = FeatureCache(int(cache_gb * 1e9))
         self._pools: ReferencePools | None = None
         self._held_out: dict[str, Rows] = {}  # by source category
+        self._sizes: dict[str, Size] = {}  # by source category, where each has its own
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -108,6 +111,8 @@ class SourceReferences:
         held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
         self._pools = ReferencePools(self._photos.dataset, *held_out)
         self._pools.check(self.k_shot)
+        self.keep_shapes(datamodule, model)
+        self._photos.sizes = self._sizes
         has_real = bool((self._photos.dataset.samples.label_index == LabelName.ABNORMAL).any())
         self._share = self.synthetic if has_real else max(self.synthetic, SHARE_WITHOUT_REAL)
         if not has_real:
@@ -120,6 +125,16 @@ class SourceReferences:
         paths = track(unread, "Checking source photos", console=console, transient=True, disable=hidden)
         check_photos(paths, "source images", decode=True, bit_depth=self.bit_depth)
         self._learn_keys()
+
+    def keep_shapes(self, datamodule: Any, model: ResADModel) -> None:  # noqa: ANN401
+        """Give each source category the input size of its good photos, where the model keeps their shape."""
+        self._sizes = (self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)).sizes(model)
+        if validates_on_source(datamodule):
+            datamodule.val_data.sizes = self._sizes
+
+    def _size_of(self, path: str) -> Size | None:
+        assert self._pools is not None
+        return self._sizes.get(self._pools.category_of[path])
 
     def _fill(self, visible: bool, num_workers: int) -> None:
         """Read each photo once and keep its features, and those of its painted version, as far as there is room."""
@@ -158,7 +173,7 @@ class SourceReferences:
 
     # -- of a batch ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, batch: SourceBatch | ImageBatch, epoch: int) -> tuple[Features, list[Rows], Tensor]:
+    def prepare(self, batch: SourceBatch | ImageBatch, epoch: int) -> tuple[list[Features], list[Rows], list[Tensor]]:
         """What a training step needs.
 
         Args:
@@ -166,20 +181,19 @@ class SourceReferences:
             epoch (int): The epoch, on which draws and synthetic defects depend.
 
         Returns:
-            tuple[Features, list[Rows], Tensor]: Features, references of each image, and masks ``(B, H, W)``, 1 where
-                an image is defective.
+            tuple[list[Features], list[Rows], list[Tensor]]: Of each image its features, a batch of one; its references;
+                and its mask ``(H, W)``, 1 where it is defective.
 
         Raises:
             ValueError: If a defective image has no mask, or a category too few good images.
         """
         pictures = self._pictures(self._photos_of(batch), epoch)
-        levels = [torch.cat(level) for level in zip(*(as_list(each.features) for _, each in pictures), strict=True)]
-        features = from_list(levels, self._model.bank.keyed)
-        mask = torch.stack([picture.mask.to(levels[0]) for _, picture in pictures])
+        features = [picture.features for _, picture in pictures]
+        masks = [picture.mask.to(picture.features.values[0]) for _, picture in pictures]
         assert self._pools is not None
         draws = [self._pools.draw(path, self.k_shot, self.seed, epoch, key_of(path)) for path, _ in pictures]
         references = [self._rows(drawn) for drawn in draws]
-        return features, references, mask
+        return features, references, masks
 
     @staticmethod
     def _photos_of(batch: SourceBatch | ImageBatch) -> list[SourcePhoto]:
@@ -207,32 +221,37 @@ class SourceReferences:
         if photo.image is None:
             photo = self._photos.read(photo.path)
         assert photo.image is not None
+        size = self._size_of(photo.path)
         if painted:
             image = photo.image
-            for resize in extract_transforms_by_type(getattr(self._pre_processor, "transform", None), Resize):
+            transform = with_size(getattr(self._pre_processor, "transform", None), size)
+            for resize in extract_transforms_by_type(transform, Resize):
                 image = resize(image)
             image, mask = paint_photo(image.cpu(), photo.path, self.seed)
-            return pre_process(self._pre_processor, image[None]), mask
-        images = pre_process(self._pre_processor, photo.image[None])
+            return pre_process(self._pre_processor, image[None], size), mask
+        images = pre_process(self._pre_processor, photo.image[None], size)
         if photo.mask is None:
             return images, torch.zeros(images.shape[-2:], dtype=torch.bool)
-        return images, pre_process(self._pre_processor, Mask(photo.mask[None])).squeeze(0) > 0
+        return images, pre_process(self._pre_processor, Mask(photo.mask[None]), size).squeeze(0) > 0
 
     @torch.no_grad()
     def _encode(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> list[Picture]:
-        """Features of prepared photos."""
-        if not prepared:
-            return []
+        """Features of prepared photos; those of one size are encoded together."""
         device = next(self._model.parameters()).device
-        features = self._model.encode(torch.cat([image for image, _ in prepared]).to(device))
-        return [Picture(features.photo(index), mask) for index, (_, mask) in enumerate(prepared)]
+        found: dict[int, Picture] = {}
+        for shape in dict.fromkeys(image.shape for image, _ in prepared):
+            alike = [index for index, (image, _) in enumerate(prepared) if image.shape == shape]
+            features = self._model.encode(torch.cat([prepared[index][0] for index in alike]).to(device))
+            found |= {index: Picture(features.photo(place), prepared[index][1]) for place, index in enumerate(alike)}
+        return [found[index] for index in range(len(prepared))]
 
     def _features_of(self, path: str) -> Features:
         """Features of a reference photo."""
         kept = self.cache.get(path)
-        return (
-            kept.features if kept else encode_photo(self._model, self._pre_processor, read_photo(path, self.bit_depth))
-        )
+        if kept:
+            return kept.features
+        photo = read_photo(path, self.bit_depth)
+        return encode_photo(self._model, self._pre_processor, photo, self._size_of(path))
 
     def _rows(self, paths: list[str]) -> Rows:
         """Bank rows of some photos."""
@@ -266,7 +285,7 @@ class SourceReferences:
                 drawn = pools.draw(path, self.k_shot, self.seed, category)
                 depth = self.bit_depth if read_header(drawn[0]).bits > 8 else "auto"
                 photos = read_references(drawn, depth).values()
-                rows, _ = reference_rows(model, pre_processor, photos, rotations)
+                rows, _ = reference_rows(model, pre_processor, photos, rotations, self._sizes.get(category))
                 device = next(model.parameters()).device
                 levels = [level.to(device) for level in as_list(rows)]
                 self._held_out[category] = rows_from_list(levels, model.bank.keyed)
