@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalib_resad import cli
+from anomalib_resad import cli, commands
 from anomalib_resad.deploy import BundleError, ResADInferencer
 from anomalib_resad.export.edge_bundle import export_bundle
 from anomalib_resad.export.parity import STOCK, auroc, compare, table
@@ -106,7 +106,7 @@ def test_errors_are_one_sentence_and_debug_shows_where(
         (PermissionError(13, "Permission denied", "a"), "Error: [Errno 13] Permission denied: 'a'"),
         (KeyboardInterrupt(), "Error: Interrupted."),
     ):
-        monkeypatch.setattr(cli, "ResADInferencer", partial(_raise, error))
+        monkeypatch.setattr(commands.products, "ResADInferencer", partial(_raise, error))
         assert run("products", "--bundle", tmp_path).startswith(said)
     for option in ("--threshold", "--max_patches", "--rotations"):
         assert "error" in run("enroll", "--bundle", "b", "--product", "p", "--photos", "p", option, "high")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""`resad export` and `resad parity`, which need PyTorch."""
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from anomalib_resad.commands.console import say
+
+
+def export(
+    checkpoint: Path,
+    output: Path,
+    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    calibration: Path | None = None,
+) -> None:
+    """Write a bundle: one model for all products, to be enrolled on a device without PyTorch.
+
+    Args:
+        checkpoint: A trained ResAD.
+        output: New folder.
+        precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
+        calibration: Folder of good photos, of several products, that int8 is calibrated on.
+    """
+    from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
+
+    with Console(stderr=True).status("Exporting"):
+        export_bundle(checkpoint, output, precision, calibration)
+    size = sum(path.stat().st_size for path in output.iterdir())
+    say(f"{output}: {size / 1e6:.1f} MB, {precision}.")
+
+
+def parity(
+    checkpoint: Path,
+    references: Path,
+    photos: Path,
+    calibration: Path | None = None,
+    output: Path | None = None,
+    most: int = 25,
+) -> None:
+    """Print how far ONNX and OpenVINO (FP32, FP16, INT8) are from PyTorch on photos of yours.
+
+    Score and map are compared on the scale of 0 to 1 that users see. ONNX is left out where onnxruntime is not
+    installed, and INT8 where there are no calibration photos.
+
+    Args:
+        checkpoint: A trained ResAD.
+        references: Folder of good photos of a product, to enroll.
+        photos: Folder of photos of it; if it has a folder `good`, those are the good ones, and AUROC is given.
+        calibration: Folder of good photos to calibrate INT8 on.
+        output: JSON file to write, too.
+        most: Photos to take, evenly spaced.
+    """
+    from anomalib_resad.export.parity import parity as compare  # noqa: PLC0415  # PyTorch
+
+    compare(checkpoint, references, photos, calibration, output, most)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""`resad predict`: inspect a folder of photos."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from anomalib_resad.commands.console import explained, say
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.deploy.results import Results, finished
+from anomalib_resad.enrollment.files import TABLE, content_hash
+from anomalib_resad.enrollment.photos import PhotoError, list_photos
+
+
+def predict(
+    bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None, resume: bool = False
+) -> None:
+    """Inspect photos: a map over each (PNG), and a table (results.csv), row by row.
+
+    Files that cannot be read are reported and left out; the command then ends with status 1. Where it is interrupted,
+    or the disk is full, the rows so far stay, and it ends with status 2.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        product: What the photos show.
+        photos: Folder of photos, or one photo.
+        output: Folder for the results.
+        banks: Folder of the products' banks, if not in the bundle.
+        resume: Keep the rows of an earlier run whose photo, bank and model are the same, and inspect the others.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    inferencer.bank(product)
+    root = photos if photos.is_dir() else photos.parent
+    paths = {path.relative_to(root).as_posix(): path for path in list_photos(photos)}
+
+    def mark_of(name: str) -> str:
+        with suppress(OSError):  # inspecting it says so
+            return f"{content_hash(paths[name])} {inferencer.fingerprint(product)}"
+        return ""
+
+    kept = finished(output, paths, mark_of) if resume else {}
+    stretch = inferencer.manifest.map.threshold is None
+    with Results(output, kept) as results:
+        try:
+            todo = [name for name in paths if name not in kept]
+            for name in track(todo, description="Inspecting", console=Console(stderr=True)):
+                mark = mark_of(name)
+                try:
+                    found, pixels = inferencer.inspect(paths[name], product)
+                except PhotoError as error:
+                    results.fail(name, str(error))
+                    continue
+                results.add(name, found, overlay(pixels, found.map, stretch=stretch), mark)
+        except (KeyboardInterrupt, Exception) as error:
+            why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)
+            msg = (
+                f"Inspecting ended early: {why}. {results.count} of {len(paths)} rows are in {output / TABLE}. "
+                "Run the command again with --resume true to inspect the others."
+            )
+            raise ValueError(msg) from error
+    say(f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")
+    for problem in results.problems:
+        say(problem)
+    if results.problems:
+        sys.exit(1)

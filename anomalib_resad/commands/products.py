@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""`resad enroll` and `resad products`: what a bundle knows."""
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from anomalib_resad.commands.console import say
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.messages import print_table, printable
+from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.rotations import Rotations
+
+
+def enroll(
+    bundle: Path,
+    product: str,
+    photos: Path,
+    banks: Path | None = None,
+    max_patches: int | None = None,
+    threshold: float | None = None,
+    mode: Literal["new", "add", "replace"] = "new",
+    rotations: Rotations | None = None,
+    bit_depth: BitDepth = "auto",
+) -> None:
+    """Teach a bundle a product from good photos, or add some to a product.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        product: Name of the product.
+        photos: Folder of good photos, or one photo.
+        banks: Folder of the products' banks, if not in the bundle.
+        max_patches: Most rows of a level; by default all are kept.
+        threshold: The product's own threshold, on the scale of the raw score.
+        mode: What to do: a new product, more photos for one, or other photos for one. Its own threshold stays, unless
+            another one is given.
+        rotations: In how many orientations each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the
+            photos are rotated to each other. By default what the model was made with. Photos that are added follow the
+            others.
+        bit_depth: Bits of a channel that the camera gives, such as 12, if the photos have more than 8 and do not say
+            how many. It is kept with the product, whose photos all have to have it.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    if mode == "add" and (threshold, max_patches, rotations, bit_depth) != (None, None, None, "auto"):
+        msg = (
+            f"--mode add keeps the product's threshold, rotations and bit depth (given: threshold={threshold}, "
+            f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}). Leave them out, or use --mode "
+            "replace with all photos."
+        )
+        raise ValueError(msg)
+    with Console(stderr=True).status("Enrolling"):
+        if mode == "add":
+            bank = inferencer.add(product, photos)
+        else:
+            bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations, bit_depth)
+    names = ", ".join(reference.name for reference in bank.references)
+    orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
+    count = f"{len(bank.references)} photos{orientations}"
+    own = "" if bank.threshold is None else f", its own threshold {bank.threshold:g}"
+    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB{own} ({names}).")
+
+
+def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:
+    """List the enrolled products, or remove one.
+
+    Args:
+        bundle: Folder made by `resad export`.
+        banks: Folder of the products' banks, if not in the bundle.
+        remove: Product to remove.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    if remove is not None:
+        inferencer.remove(remove)
+        say(f"{remove} was removed.")
+    table = Table("product", "photos", "MB", "threshold")
+    for name in inferencer.products:
+        try:
+            bank = inferencer.bank(name)
+        except ValueError as error:
+            table.add_row(escape(printable(name)), "-", "-", escape(printable(str(error))))
+            continue
+        own = "the model's" if bank.threshold is None else f"{bank.threshold:.4g}"
+        table.add_row(escape(name), str(len(bank.references)), f"{bank.size / 1e6:.1f}", own)
+    print_table(table)
