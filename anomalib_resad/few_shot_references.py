@@ -17,8 +17,8 @@ from anomalib_resad.enrollment.draws import draw_references
 from anomalib_resad.enrollment.photos import list_photos
 from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Rows
-from anomalib_resad.method.reference_bank import BankRecord
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
 from anomalib_resad.reference_rows import leave_one_out, product_size, reference_rows

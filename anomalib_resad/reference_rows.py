@@ -145,6 +145,7 @@ def _score_one(
     ]
     others = [torch.cat([*parts[:index], *parts[index + 1 :]]) for parts in split]
     keyed = model.bank.keyed
-    score = model.detect(from_list(own, keyed), rows_from_list(others, keyed), image_size).pred_score
+    searched = model.bank.thin_out(rows_from_list(others, keyed), len(split[0]) - 1)
+    score = model.detect(from_list(own, keyed), searched, image_size).pred_score
     assert score is not None
     return score.item()

@@ -74,7 +74,7 @@ class ResADModel(nn.Module):
                 "again."
             )
             raise ValueError(msg)
-        return self.detect(self.encode(images), self.bank.enrolled, images.shape[-2:])
+        return self.detect(self.encode(images), self.bank.searched, images.shape[-2:])
 
     def encode(self, images: Tensor) -> Features:
         """Everything that needs no references: normalized images ``(B, 3, H, W)`` to features.

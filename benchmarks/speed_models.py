@@ -14,8 +14,8 @@ from torch import Tensor
 
 from anomalib_resad import ResAD
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, kept_rows
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import as_list, rows_from_list, rows_of
-from anomalib_resad.method.reference_bank import BankRecord
 
 Actions = dict[str, Callable[[], Any]]
 Row = dict[str, Any]

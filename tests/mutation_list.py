@@ -137,6 +137,10 @@ MUTATIONS = [
              "test_photos"),
     Mutation("enrollment/coreset.py", "nearest rows are kept", "chosen.append(int(nearest.argmax()))",
              "chosen.append(int(nearest.argmin()))", "test_enrollment test_edge"),
+    Mutation("enrollment/coreset.py", "photos thin out each other", "in enumerate(np.split(keys, photos))]",
+             "in enumerate([keys])]", "test_reference_bank"),
+    Mutation("method/reference_bank.py", "old models search less", 'f"{prefix}share", torch.tensor(1.0)',
+             'f"{prefix}share", torch.tensor(SEARCHED)', "test_reference_bank"),
     Mutation("enrollment/draws.py", "drawn with replacement", "size=count, replace=False", "size=count, replace=True",
              "test_photos"),
     # -- data, checkpoints

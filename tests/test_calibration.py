@@ -15,8 +15,9 @@ from anomalib_resad import ResAD
 from anomalib_resad.calibration import Thresholds
 from anomalib_resad.enrollment.calibration import PRIOR, least_rate, pooled_spread, product_threshold
 from anomalib_resad.export.anomalib_export import write_thresholds
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Features
-from anomalib_resad.method.reference_bank import BankRecord, Rows
+from anomalib_resad.method.reference_bank import Rows
 from anomalib_resad.reference_rows import leave_one_out, read_photo
 from tests.conftest import DISTANCE, TINY, cross_category, product, quiet_engine, rewrite
 

@@ -284,6 +284,7 @@ def test_the_default_model(
     assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of rotated copies"
     whole = inferencer.bank("tiles").arrays
     assert [len(rows) for rows in whole.values()] == [288, 288]
+    assert [len(rows) for rows in inferencer._store.load("tiles")[1]] == [160, 160], "half of them, a multiple of 32"
     thin = inferencer.enroll("thin", good[:3], max_patches=50).arrays
     assert [len(rows) for rows in thin.values()] == [50, 50]
     for row, key in zip(thin["rows_0"], thin["rows_1"], strict=True):

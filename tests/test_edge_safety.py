@@ -159,6 +159,7 @@ def test_every_change_of_a_manifest_is_noticed(bundle: Path, tmp_path: Path) -> 
         (json.dumps(content | {"score": {"threshold": 1e39, "low": 0, "high": 1}}), "no range"),
         (json.dumps(content).replace('"label_above": 0.5', '"label_above": 1e999'), "1e999 is no number"),
         (json.dumps(content | {"label_above": 2}), "label_above"),
+        (json.dumps(content | {"searched": 0}), "searched"),
         (json.dumps(content | {"row_multiple": 0}), "number"),
         (json.dumps(content | {"image_size": [64, "64"]}), "number"),
         (json.dumps(content | {"keyed": 1}), "keyed"),

@@ -68,6 +68,7 @@ def test_keys_keep_who_is_near() -> None:
     assert keys is not None
     torch.testing.assert_close(to_rows(keys) @ to_rows(keys).T, to_rows(joined) @ to_rows(joined).T)
     bank = ReferenceBank([256], 64, "cosine")
+    bank.share.fill_(1.0)
     join = JoinedLevels([128, 128], 64)
     bank.fill(join(levels))
     near = [level + 0.3 * torch.randn_like(level) for level in levels]
@@ -300,6 +301,7 @@ def test_batch_composition_changes_nothing(model: ResADModel) -> None:
 
 def test_references_score_lowest(model: ResADModel) -> None:
     references = torch.randn(2, 3, 64, 96)
+    model.bank.share.fill_(1.0)  # else a reference's own patches are not all searched
     with torch.no_grad():
         model.bank.fill(model.encode(references))
         own, other = model(references), model(torch.randn(2, 3, 64, 96))

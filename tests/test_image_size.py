@@ -21,7 +21,7 @@ from anomalib_resad import ResAD
 from anomalib_resad.data.category_batches import CategoryBatches
 from anomalib_resad.enrollment.image_size import auto_side, read_image_size, size_of_photos
 from anomalib_resad.enrollment.photos import read_pixels
-from anomalib_resad.method.reference_bank import BankRecord
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.pre_processor import resize_and_normalize
 from anomalib_resad.reference_rows import pre_process, read_photo, reference_rows
 from benchmarks.products import make_product

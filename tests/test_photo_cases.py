@@ -28,7 +28,7 @@ from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.data.product_folder import as_image
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.photos import PhotoError, read_pixels
-from anomalib_resad.method.reference_bank import BankRecord
+from anomalib_resad.method.bank_record import BankRecord
 from tests.conftest import DEFAULT, DISTANCE, SHARED, product, quiet_engine
 
 SIZES = ("line_scan.png", "large.png", "thread.png")

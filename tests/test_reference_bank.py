@@ -5,8 +5,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from anomalib_resad import ReferenceBank
-from anomalib_resad.method.features import Features, to_rows
-from anomalib_resad.method.reference_bank import BankRecord, Metric, nearest, nearest_rows
+from anomalib_resad.method.bank_record import BankRecord
+from anomalib_resad.method.features import Features, rows_of, to_rows
+from anomalib_resad.method.reference_bank import Metric, nearest, nearest_rows
 
 METRICS: list[Metric] = ["l2", "cosine"]
 
@@ -90,3 +91,44 @@ def test_bad_banks_are_refused() -> None:
         ReferenceBank([4])(Features([torch.zeros(1, 4, 2, 2)]))
     with pytest.raises(ValueError, match="match='dot'"):
         ReferenceBank([4], metric="dot")
+
+
+def keyed(photos: torch.Tensor, share: float | None = None) -> ReferenceBank:
+    """A bank of joined levels, ``(K, 8, 4, 4)``, with as many keys."""
+    bank = ReferenceBank([8], 8, "cosine")
+    if share is not None:
+        bank.share.fill_(share)
+    bank.store(rows_of(Features([photos], photos)), BankRecord(photos=len(photos)))
+    return bank
+
+
+def test_half_of_each_photos_rows_are_searched() -> None:
+    """Those that cover the others, whatever the other photos are; all of them where levels lie apart."""
+    photos = torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    bank = keyed(photos)
+    assert (len(bank.rows.values[0]), len(bank.searched.values[0])) == (48, 24)
+    alone = [keyed(photo[None]).searched.values[0] for photo in photos]
+    assert torch.equal(bank.searched.values[0], torch.cat(alone))
+    assert torch.equal(keyed(photos.flip(0)).searched.values[0], torch.cat(alone[::-1]))
+    queries = Features([photos[:1] + 0.1], photos[:1] + 0.1)
+    twice = keyed(torch.cat([photos, photos[:1]]))
+    assert torch.equal(twice(queries)[0], bank(queries)[0]), "a photo that is there twice"
+    assert not torch.equal(keyed(photos, share=1.0)(queries)[0], bank(queries)[0])
+    apart = ReferenceBank([8])
+    apart.fill(Features([photos]))
+    assert len(apart.searched.values[0]) == 48
+    reduced = keyed(photos)
+    reduced.store(bank.searched, BankRecord(photos=5))
+    assert len(reduced.searched.values[0]) == 24, "no whole photos: all of it"
+
+
+def test_what_is_searched_is_saved_and_old_models_search_all() -> None:
+    photos = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    state = keyed(photos, share=0.25).state_dict()
+    assert not any("searched" in name for name in state)
+    restored = ReferenceBank([8], 8, "cosine")
+    restored.load_state_dict(state)
+    assert torch.equal(restored.searched.values[0], keyed(photos, share=0.25).searched.values[0])
+    del state["share"]
+    restored.load_state_dict(state)
+    assert len(restored.searched.values[0]) == 32

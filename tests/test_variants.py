@@ -14,10 +14,11 @@ from lightning.pytorch import seed_everything
 from torch import Tensor
 
 from anomalib_resad import ResAD, ResADModel
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.constraintor import ConstraintorKind
 from anomalib_resad.method.loss import OneClass, PushPull
 from anomalib_resad.method.presets import PRESETS, SETTINGS, resolve
-from anomalib_resad.method.reference_bank import BankRecord, Metric, Rows
+from anomalib_resad.method.reference_bank import Metric, Rows
 from anomalib_resad.method.residual_flow import Residual, ResidualFlow
 from anomalib_resad.torch_model import resad_plus_plus
 from tests.conftest import DEFAULT, DISTANCE, PLUS, TINY, cross_category, quiet_engine

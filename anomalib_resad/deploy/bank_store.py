@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, product_name, read_bank
 from anomalib_resad.deploy.bundle import Manifest, Watch, stamp
+from anomalib_resad.enrollment.coreset import searched
 from anomalib_resad.enrollment.files import PART, remove_stale
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
@@ -65,7 +66,10 @@ class BankStore:
                     raise BankError(msg)
                 multiple = self.manifest.row_multiple
                 levels = range(len(self.manifest.levels))
-                rows = [padded(bank.arrays[f"rows_{level}"], multiple) for level in levels]
+                kept = [bank.arrays[f"rows_{level}"] for level in levels]
+                share = self.manifest.searched if self.manifest.keyed and bank.max_patches is None else 1.0
+                chosen = searched(kept[-1], len(bank.references), share)
+                rows = [padded(level[chosen] if share < 1 else level, multiple) for level in kept]
                 self._loaded[name] = (stat, bank, rows)
                 while len(self._loaded) > self.most_loaded:
                     self._loaded.popitem(last=False)

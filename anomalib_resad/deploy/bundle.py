@@ -97,6 +97,7 @@ class Manifest:
         files (dict[str, str]): SHA-256 of each file.
         weights (str): Where the backbone's weights are from; version 0.1.0 did not say.
         folder (str): Folder of the files in the bundle, of one that replaced another; none for the bundle itself.
+        searched (float): Share of each photo's rows that is searched; all of them in bundles of version 0.1.0.
 
     Raises:
         ValueError: If something in it cannot be.
@@ -117,6 +118,7 @@ class Manifest:
     files: dict[str, str]
     weights: str = "unknown"
     folder: str = ""
+    searched: float = 1.0
 
     def __post_init__(self) -> None:
         """Check types and values."""
@@ -133,6 +135,7 @@ class Manifest:
             "levels": not self.levels,
             "keyed": not isinstance(self.keyed, bool),
             "label_above": not (is_threshold(self.label_above) and 0 <= self.label_above <= 1),
+            "searched": not (is_threshold(self.searched) and 0 < self.searched <= 1),
             "files": sorted(self.files) != sorted(FILES),
             "folder": re.fullmatch(FOLDER, self.folder) is None,
         }

@@ -42,3 +42,24 @@ def thin_out(rows: np.ndarray, most: int, beside: np.ndarray | None = None) -> n
         chosen.append(int(nearest.argmax()))
         np.minimum(nearest, distances(rows[chosen[-1]]), out=nearest)
     return np.sort(np.array(chosen, dtype=np.intp))  # of the right type where there are none
+
+
+def searched(keys: np.ndarray, photos: int, share: float) -> np.ndarray:
+    """Which rows of a bank a search looks through: of each photo those that cover its others.
+
+    Each photo is thinned out by itself, so that photos can be added and removed, and a photo that is there twice
+    changes nothing.
+
+    Args:
+        keys (np.ndarray): Keys of the rows, photo after photo, shape ``(N, K)``.
+        photos (int): How many photos they are of; rows that are not those of whole photos are all searched.
+        share (float): Share of each photo's rows, above 0; 1 for all of them.
+
+    Returns:
+        np.ndarray: Indices in ascending order.
+    """
+    if share >= 1 or not photos or len(keys) % photos:
+        return np.arange(len(keys))
+    count = len(keys) // photos
+    most = max(1, round(count * share))
+    return np.concatenate([number * count + thin_out(part, most) for number, part in enumerate(np.split(keys, photos))])

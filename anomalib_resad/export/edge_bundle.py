@@ -120,6 +120,8 @@ def model_hash(model: ResAD) -> str:
     for name, value in model.model.state_dict().items():
         if isinstance(value, Tensor) and not name.startswith("bank."):
             digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    if float(model.model.bank.share) < 1:
+        digest.update(f"searched {float(model.model.bank.share)}".encode())
     return digest.hexdigest()
 
 
@@ -241,4 +243,5 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         versions={name: version(name) for name in PACKAGES},
         files={path.name: content_hash(path) for path in sorted(folder.iterdir())},
         weights=model.model.encoder.backbone.origin,
+        searched=float(model.model.bank.share),
     )

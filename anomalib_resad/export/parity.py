@@ -34,7 +34,7 @@ from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.export.edge_bundle import convert, load_model, trace, write_bundle
 from anomalib_resad.few_shot_references import store
 from anomalib_resad.lightning_model import ResAD
-from anomalib_resad.method.reference_bank import BankRecord
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.reference_rows import product_size, read_photo, reference_rows
 
 COLUMNS = {

@@ -7,7 +7,7 @@ level, and the residual x - x* replaces it.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,8 @@ from anomalib.models.components import DynamicBufferMixin
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_resad.enrollment.coreset import searched
+from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of
 
 Metric = Literal["l2", "cosine"]
@@ -25,6 +27,9 @@ BLOCK = 1600
 GROUP = 32
 # Positions of an image that an export searches at once: as many as keep their similarities in a CPU's cache.
 STRIP = 400
+# Share of each photo's rows that is searched where levels are joined: a half that covers the others finds as much as
+# all of them (benchmarks/experiments.md), in half the time.
+SEARCHED = 0.5
 
 
 def _argmax_rows(similarity: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,51 +133,6 @@ def nearest_of_each_level(features: Features, rows: Rows, metric: Metric) -> lis
     return [nearest(features.keys, values, metric, rows.keys) for values in rows.values]
 
 
-@dataclass(frozen=True)
-class BankRecord:
-    """Where the rows of a bank come from: plain values, saved beside the rows.
-
-    Attributes:
-        category (str | None): Name of the category.
-        origin (str | None): ``"folder"`` or ``"train split"``.
-        k_shot (int | None): Photos that were asked for; ``None`` for all of a folder.
-        seed (int | None): Seed of the draw.
-        files (tuple[tuple[str, str], ...]): Name and SHA-256 of each photo, in the order of the rows.
-        photos (int): How many photos the bank holds, each with the same number of rows, one after the other.
-        rotations_asked (int | str | None): Rotations that were asked for, ``"auto"`` or a number.
-        rotations (int): Orientations of each photo; 1 for photos as they are.
-        bit_depth (int): Bits of a channel of the photos.
-        image_size (tuple[int, int] | None): Height and width that the product's photos are resized to, chosen from
-            these; ``None`` for the model's own.
-    """
-
-    category: str | None = None
-    origin: str | None = None
-    k_shot: int | None = None
-    seed: int | None = None
-    files: tuple[tuple[str, str], ...] = ()
-    photos: int = 0
-    rotations_asked: int | str | None = None
-    rotations: int = 1
-    bit_depth: int = 8
-    image_size: tuple[int, int] | None = None
-
-    @property
-    def names(self) -> str:
-        """Names of the photos, for messages."""
-        return ", ".join(name for name, _ in self.files)
-
-    @classmethod
-    def from_plain(cls, state: dict[str, Any]) -> "BankRecord":
-        """Restore what was saved, also by version 0.1.0, which kept files as dictionaries and counted no photos."""
-        known = {field.name: state[field.name] for field in fields(cls) if field.name in state}
-        files = [(each["name"], each["sha256"]) if isinstance(each, dict) else each for each in state.get("files", ())]
-        if known.get("image_size") is not None:
-            known["image_size"] = tuple(known["image_size"])
-        known["files"] = tuple((str(name), str(digest)) for name, digest in files)
-        return cls(**{"photos": len(files)} | known)
-
-
 class ReferenceBank(DynamicBufferMixin, nn.Module):
     """Patch features of the reference photos, one buffer of rows per level, and the record of what they are.
 
@@ -186,7 +146,10 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
 
     Attributes:
         record (BankRecord): Where the rows come from.
+        share (Tensor): Share of each photo's rows that is searched. It is saved: models of version 0.1.0 search all.
     """
+
+    share: Tensor
 
     def __init__(self, channels: Sequence[int], key_channels: int = 0, metric: Metric = "l2") -> None:
         super().__init__()
@@ -199,11 +162,13 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         self._channels = (*channels, key_channels) if self.keyed else tuple(channels)
         for level, count in enumerate(self._channels):
             self.register_buffer(f"rows_{level}", torch.zeros(0, count))
+            self.register_buffer(f"searched_{level}", torch.zeros(0, count), persistent=False)
+        self.register_buffer("share", torch.tensor(SEARCHED if self.keyed else 1.0))
 
     @property
     def rows(self) -> Rows:
         """All rows; of an empty bank, none."""
-        return rows_from_list([self.get_buffer(f"rows_{level}") for level in range(len(self._channels))], self.keyed)
+        return self._buffers_of("rows")
 
     @property
     def enrolled(self) -> Rows:
@@ -221,9 +186,24 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         return self.rows
 
     @property
+    def searched(self) -> Rows:
+        """The rows that are searched, of a bank that must hold some.
+
+        Raises:
+            RuntimeError: If the bank is empty.
+        """
+        _ = self.enrolled
+        return rows_from_list(
+            [self.get_buffer(f"searched_{level}") for level in range(len(self._channels))], self.keyed
+        )
+
+    @property
     def is_empty(self) -> bool:
         """Whether no reference photo was enrolled yet."""
         return self.get_buffer("rows_0").shape[0] == 0
+
+    def _buffers_of(self, name: str) -> Rows:
+        return rows_from_list([self.get_buffer(f"{name}_{level}") for level in range(len(self._channels))], self.keyed)
 
     def fill(self, features: Features) -> None:
         """Replace the bank by the features of other reference photos, shape ``(K, C_l, H_l, W_l)`` per level.
@@ -255,6 +235,18 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         for level, values in enumerate(levels):
             self.register_buffer(f"rows_{level}", values.detach().clone().to(device))
         self.record = record
+        self._choose_searched()
+
+    def thin_out(self, rows: Rows, photos: int) -> Rows:
+        """The rows that a search looks through, of those of some photos."""
+        if rows.keys is None or float(self.share) >= 1:
+            return rows
+        chosen = torch.from_numpy(searched(rows.keys.float().cpu().numpy(), photos, float(self.share)))
+        return rows_from_list([level[chosen.to(level.device)] for level in as_list(rows)], self.keyed)
+
+    def _choose_searched(self) -> None:
+        for level, values in enumerate(as_list(self.thin_out(self.rows, self.record.photos))):
+            self.register_buffer(f"searched_{level}", values, persistent=False)
 
     def forward(self, features: Features) -> list[Tensor]:
         """Match every level of a batch against the bank, maps of the features' shapes.
@@ -262,7 +254,12 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         Raises:
             RuntimeError: If the bank is empty.
         """
-        return nearest_of_each_level(features, self.enrolled, self.metric)
+        return nearest_of_each_level(features, self.searched, self.metric)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        state_dict.setdefault(f"{prefix}share", torch.tensor(1.0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._choose_searched()
 
     def get_extra_state(self) -> dict[str, Any]:
         """The record travels in the state dict, as plain values."""

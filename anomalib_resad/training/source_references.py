@@ -287,6 +287,6 @@ class SourceReferences:
                 photos = read_references(drawn, depth).values()
                 rows, _ = reference_rows(model, pre_processor, photos, rotations, self._sizes.get(category))
                 device = next(model.parameters()).device
-                levels = [level.to(device) for level in as_list(rows)]
+                levels = [level.to(device) for level in as_list(model.bank.thin_out(rows, len(photos)))]
                 self._held_out[category] = rows_from_list(levels, model.bank.keyed)
         return [self._held_out[pools.category_of[path]] for path in batch.image_path]
