@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 from rich.markup import escape
 
+from anomalib_resad.commands.bake import bake
 from anomalib_resad.commands.console import explained
 from anomalib_resad.commands.export import export, parity
 from anomalib_resad.commands.predict import predict
@@ -22,6 +23,7 @@ VERBS: dict[str, Any] = {
     "enroll": enroll,
     "predict": predict,
     "products": products,
+    "bake": bake,
     "parity": parity,
     "serve": serve,
 }

@@ -14,7 +14,7 @@ from anomalib.models import Patchcore
 from torch import nn
 
 from anomalib_resad import ResAD
-from anomalib_resad.export.openvino_float32 import quantize_backbone, quantize_encoder
+from anomalib_resad.export.quantization import quantize_backbone, quantize_encoder
 from benchmarks.speed_models import BACKBONE, Actions, Row, in_turn
 
 SIZE = (224, 224)

@@ -55,7 +55,7 @@ def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:  # noqa:
         ValueError: If there is no datamodule, or nothing to quantize.
     """
     photos = calibration_photos(datamodule)
-    from anomalib_resad.export.openvino_float32 import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
+    from anomalib_resad.export.quantization import quantize_backbone  # noqa: PLC0415  # OpenVINO is an extra
 
     return quantize_backbone(model, photos)
 
@@ -64,7 +64,7 @@ def finish_openvino(
     path: Path, model: ResADModel, pre_processor: nn.Module | None, post_processor: nn.Module | None
 ) -> None:
     """Rewrite an exported OpenVINO model so that every device computes in float32; see :func:`write_thresholds`."""
-    from anomalib_resad.export.openvino_float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+    from anomalib_resad.deploy.float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
 
     rewrite_in_float32(path)
     write_thresholds(path, model, pre_processor, post_processor)

@@ -22,7 +22,7 @@ from anomalib_resad.checkpoint import load_checkpoint
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, Manifest, Precision, Scale
 from anomalib_resad.enrollment.files import content_hash, new_folder
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
-from anomalib_resad.export.openvino_float32 import quantize_encoder
+from anomalib_resad.export.quantization import quantize_encoder
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.features import as_list, from_list, rows_from_list, to_rows
 from anomalib_resad.method.presets import ARCHITECTURE

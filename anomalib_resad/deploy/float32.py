@@ -9,9 +9,8 @@ CPU plugin honors. It drops the mark where it replaces an operation by another o
 here, before the marks. `tests/test_export.py` looks into the graph that OpenVINO runs.
 """
 
-import logging
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -118,17 +117,57 @@ def _align_ranks(node: Node) -> Node | None:
     return None if None in aligned else op.matmul(*aligned, now["transpose_a"], now["transpose_b"])
 
 
+def _transpose_itself(node: Node) -> Node | None:
+    """A product that transposes its second factor, for one of a factor that was transposed."""
+    left, right = node.input_values()
+    before, now = right.get_node(), node.get_attributes()
+    if before.get_type_name() != "Transpose" or before.input_value(1).get_node().get_type_name() != "Constant":
+        return None
+    order = before.input_value(1).get_node().data.tolist()
+    swapped = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+    if order != swapped:
+        return None
+    return op.matmul(left, before.input_value(0), now["transpose_a"], not now["transpose_b"])
+
+
+def _product(node: Node) -> Node | None:
+    plain = _transpose_itself(node)
+    return _align_ranks(plain or node) or plain
+
+
 REPLACEMENTS: dict[str, Callable[[Node], Node | None]] = {
     "Subtract": _add_negative,
     "Divide": _multiply_by_inverse,
     "Power": _multiply_by_itself,
     "MaxPool": _plain_max_pool,
-    "MatMul": _align_ranks,
+    "MatMul": _product,
     "Interpolate": _earlier_interpolate,
     "Pad": _earlier_pad,
     "Squeeze": _reshape,
     "Unsqueeze": _reshape,
 }
+
+
+def _before_expansion(value: Output) -> tuple[Output, bool]:
+    """What was expanded to ``value`` for a product, and whether its first axes were merged then."""
+    node = value.get_node()
+    merged = node.get_type_name() == "Reshape"
+    expanded = node.input_value(0).get_node() if merged else node
+    return (expanded.input_value(0), merged) if expanded.get_type_name() == "Broadcast" else (value, False)
+
+
+def _expand_in_products(model: ov.Model) -> None:
+    """Leave it to a product of matrices to expand the axes before them, as it does by itself.
+
+    PyTorch's exporter expands both factors to the shape of the result, and the plugin writes expansions anew.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "MatMul" and _is_float(node):
+            (left, left_merged), (right, right_merged) = (_before_expansion(each) for each in node.input_values())
+            if left_merged == right_merged:
+                node.input(0).replace_source_output(left)
+                node.input(1).replace_source_output(right)
+    model.validate_nodes_and_infer_types()
 
 
 def _replace_operations(model: ov.Model) -> None:
@@ -182,7 +221,7 @@ def _hide_constants(model: ov.Model) -> None:
     for node in model.get_ordered_ops():
         if node.get_type_name() not in ("Add", "Multiply", "Power") or not _is_float(node):
             continue
-        for each, other in ((0, 1), (1, 0)):
+        for each, other in ((1, 0), (0, 1)):  # of two constants an exponent, or the plugin would divide again
             value = node.input_value(each)
             beside_product = node.input_value(other).get_node().get_type_name() == "MatMul"
             single = all(side == 1 for side in value.get_partial_shape())
@@ -202,76 +241,28 @@ def _mark(path: Path) -> None:
     tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
-def rewrite_in_float32(path: Path) -> None:
-    """Rewrite a saved model so that it computes in float32 on every device that honors the mark.
+def save_in_float32(model: ov.Model, path: Path) -> None:
+    """Save a model so that it computes in float32 on every device that honors the mark.
 
     Args:
-        path (Path): The ``.xml`` file, with the ``.bin`` beside it. Weights that are stored in half precision stay so.
+        model (ov.Model): The model, which is changed. Its first input is one that everything is computed from.
+        path (Path): The ``.xml`` file; the ``.bin`` lies beside it. Weights in half precision stay so.
     """
-    model = ov.Core().read_model(path)
+    _expand_in_products(model)
     _replace_operations(model)
     _split_slices(model)
     _hide_constants(model)
     model.validate_nodes_and_infer_types()
+    ov.save_model(model, path, compress_to_fp16=False)
+    _mark(path)
+
+
+def rewrite_in_float32(path: Path) -> None:
+    """Do so with a model that was saved already; arguments as of :func:`save_in_float32`."""
+    model = ov.Core().read_model(path)
     with TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder) / path.name
-        ov.save_model(model, new, compress_to_fp16=False)
-        _mark(new)
+        save_in_float32(model, new)
         del model  # it reads the old weights from the disk
         for suffix in (".bin", ".xml"):
             new.with_suffix(suffix).replace(path.with_suffix(suffix))
-
-
-def quantize_encoder(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model:
-    """Quantize the convolutions of a backbone to 8 bits, but the first; everything else keeps its precision.
-
-    The first convolution sees the photo itself. With it, the features of a ResNet-18 are twice as far from the exact
-    ones, and it is a small part of the time.
-
-    Args:
-        model (ov.Model): Photo to features.
-        photos (Iterable[np.ndarray]): Calibration photos, as the model takes them.
-
-    Returns:
-        ov.Model: The quantized model.
-
-    Raises:
-        ValueError: If there is no convolution to quantize.
-    """
-    return _quantize(model, photos, {node.get_friendly_name() for node in model.get_ops()})
-
-
-def quantize_backbone(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model:
-    """The same for a whole model, photo to score and map: behind the matching, 8 bits destroy the maps."""
-    return _quantize(model, photos, _before_matching(model))
-
-
-def _is_convolution(node: Node) -> bool:
-    return node.get_type_name() in ("Convolution", "GroupConvolution")
-
-
-def _before_matching(model: ov.Model) -> set[str]:
-    """Names of the operations that a search for the nearest row depends on."""
-    waiting = [node for node in model.get_ops() if node.get_type_name() == "TopK"]
-    found: set[str] = set()
-    while waiting:
-        node = waiting.pop()
-        if node.get_friendly_name() not in found:
-            found.add(node.get_friendly_name())
-            waiting += [value.get_node() for value in node.input_values()]
-    return found
-
-
-def _quantize(model: ov.Model, photos: Iterable[np.ndarray], among: set[str]) -> ov.Model:
-    import nncf  # noqa: PLC0415  # slow to import, and seldom needed
-
-    names = [node.get_friendly_name() for node in model.get_ordered_ops() if _is_convolution(node)]
-    chosen = [name for name in names if name in among][1:]
-    if not chosen:
-        msg = "This backbone has no convolutions to quantize (a vision transformer?). Export it with FP16."
-        raise ValueError(msg)
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    kept = [node.get_friendly_name() for node in model.get_ops() if node.get_friendly_name() not in chosen]
-    calibration = list(photos)
-    ignored = nncf.IgnoredScope(names=kept, validate=False)
-    return nncf.quantize(model, nncf.Dataset(calibration), subset_size=len(calibration), ignored_scope=ignored)
