@@ -25,7 +25,16 @@ MAY_IMPORT = {
     "": {"enrollment", "method", "data", "training", "export", "deploy", "commands"},
 }
 # Modules in no folder that others than the top may build on, from the bottom to the top, and the top itself.
-LOWER = ("version", "torch_model", "reference_rows", "post_processor", "pre_processor", "checkpoint_io", "checkpoint")
+LOWER = (
+    "version",
+    "torch_model",
+    "reference_rows",
+    "post_processor",
+    "pre_processor",
+    "checkpoint_io",
+    "checkpoint",
+    "ready_heads",
+)
 TOP = ("few_shot_references", "lightning_model", "plugin", "cli", "__init__")
 # Libraries that these rooms do without.
 FORBIDDEN = {
