@@ -18,6 +18,7 @@ from anomalib_resad.commands.products import enroll, products
 from anomalib_resad.commands.serve import serve
 from anomalib_resad.deploy.messages import printable
 
+FLAGS = ("--replace", "--resume")
 VERBS: dict[str, Any] = {
     "export": export,
     "enroll": enroll,
@@ -32,7 +33,7 @@ VERBS: dict[str, Any] = {
 def main() -> None:
     """Run the command. Whatever goes wrong is one sentence, and with ``--debug`` Python's traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
-    words = [each for each in sys.argv[1:] if each != "--debug"]
+    words = _with_values([each for each in sys.argv[1:] if each != "--debug"])
     about = "ResAD on a device. With --debug, an error shows where in the program it came up."
     try:
         auto_cli(VERBS, as_positional=False, prog="resad", args=words, description=about)
@@ -42,6 +43,13 @@ def main() -> None:
         said = "Interrupted." if isinstance(error, KeyboardInterrupt) else explained(error)
         Console(stderr=True).print(f"[red]Error:[/red] {escape(printable(said))}", soft_wrap=True)
         sys.exit(2)
+
+
+def _with_values(words: list[str]) -> list[str]:
+    """A flag alone is true."""
+    following = [*words[1:], "--"]
+    flags = [word in FLAGS and after.startswith("--") for word, after in zip(words, following, strict=False)]
+    return [part for word, flag in zip(words, flags, strict=True) for part in ((word, "true") if flag else (word,))]
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ def test_errors_are_one_sentence_and_debug_shows_where(
     ):
         monkeypatch.setattr(commands.products, "ResADInferencer", partial(_raise, error))
         assert run("products", "--bundle", tmp_path).startswith(said)
+    assert cli._with_values(["--resume", "--replace", "false"]) == ["--resume", "true", "--replace", "false"]
+    assert cli._with_values(["a", "--replace"]) == ["a", "--replace", "true"]
     for option in ("--threshold", "--max_patches", "--rotations"):
         assert "error" in run("enroll", "--bundle", "b", "--product", "p", "--photos", "p", option, "high")
 

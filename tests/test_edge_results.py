@@ -123,7 +123,7 @@ def test_a_run_that_ended_early_is_resumed(
 
     monkeypatch.setattr(ResADInferencer, "inspect", watched)
     stop = 4
-    with pytest.raises(ValueError, match=r"interrupted. 3 of 4 rows are .* --resume true"):
+    with pytest.raises(ValueError, match=r"interrupted. 3 of 4 rows are .* --resume"):
         cli.predict(bundle, "tiles", photos, output, banks)
     before = rows(output)
     shutil.copy(good[4], photos / "b.png")

@@ -8,6 +8,7 @@ from typing import Literal
 from rich.console import Console
 
 from anomalib_resad.commands.console import say
+from anomalib_resad.deploy.inferencer import ResADInferencer
 
 
 def export(
@@ -15,6 +16,7 @@ def export(
     output: Path,
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     calibration: Path | None = None,
+    replace: bool = False,
 ) -> None:
     """Write a bundle: one model for all products, to be enrolled on a device without PyTorch.
 
@@ -23,13 +25,19 @@ def export(
         output: New folder.
         precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
+        replace: Replace a bundle; its products stay. Until the new one is whole, the former one is.
     """
     from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
 
     with Console(stderr=True).status("Exporting"):
-        export_bundle(checkpoint, output, precision, calibration)
-    size = sum(path.stat().st_size for path in output.iterdir())
-    say(f"{output}: {size / 1e6:.1f} MB, {precision}.")
+        export_bundle(checkpoint, output, precision, calibration, replace)
+    inferencer = ResADInferencer(output)
+    say(f"{output}: {inferencer.size / 1e6:.1f} MB, {precision}.")
+    for name in inferencer.products:
+        try:
+            inferencer.bank(name)
+        except ValueError as error:  # noqa: PERF203  # all of them are named
+            say(f"{name}: {error}")
 
 
 def parity(

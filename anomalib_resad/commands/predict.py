@@ -60,7 +60,7 @@ def predict(
             why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)
             msg = (
                 f"Inspecting ended early: {why}. {results.count} of {len(paths)} rows are in {output / TABLE}. "
-                "Run the command again with --resume true to inspect the others."
+                "Run the command again with --resume to inspect the others."
             )
             raise ValueError(msg) from error
     say(f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")

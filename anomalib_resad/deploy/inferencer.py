@@ -40,6 +40,9 @@ class ResADInferencer:
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
         most_loaded (int): Most banks kept in memory, the least recently used dropped first.
 
+    Attributes:
+        size (int): Bytes of the bundle.
+
     Raises:
         BundleError: If the bundle cannot be used.
         ValueError: If there is no such device, or a number is impossible.
@@ -57,6 +60,7 @@ class ResADInferencer:
         self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
         self.banks = Path(banks) if banks is not None else self.bundle / "banks"
         self.device = device
+        self.size = sum(map(len, files.values()))
         self._runtime = Runtime(files, device, threads)
         self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
 

@@ -70,11 +70,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its name at the end, unless something failed.
 
     Raises:
-        FileExistsError: If ``path`` exists.
+        OSError: If it cannot be written, or ``path`` exists.
     """
-    if path.exists():
-        msg = f"{path} exists; nothing was changed. Choose another output folder, or remove this one."
-        raise FileExistsError(msg)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent)
     temporary = temporary_name(path)

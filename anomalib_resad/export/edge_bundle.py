@@ -4,6 +4,8 @@
 
 import hashlib
 import logging
+import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,10 @@ from torch.export import Dim, ExportedProgram
 
 from anomalib_resad.checkpoint import load_checkpoint
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, Manifest, Precision, Scale
-from anomalib_resad.enrollment.files import content_hash, new_folder
+from anomalib_resad.enrollment.files import content_hash
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
 from anomalib_resad.export.quantization import quantize_encoder
+from anomalib_resad.export.replacing import bundle_folder, check_output
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.features import as_list, from_list, rows_from_list, to_rows
 from anomalib_resad.method.presets import ARCHITECTURE
@@ -173,23 +176,26 @@ def export_bundle(
     output: Path | str,
     precision: Precision = "fp32",
     calibration: Path | str | Sequence[Path] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write a bundle.
 
     Args:
         checkpoint (Path | str): A trained ResAD; a bank in it is not taken along.
-        output (Path | str): New folder.
+        output (Path | str): New folder, or a bundle that is replaced.
         precision (Precision): ``"fp32"``; ``"fp16"`` stores weights in half the space; ``"int8"`` also quantizes the
             convolutions of the encoder. The matching and the head are computed in float32 always.
         calibration (Path | str | Sequence[Path] | None): Photos that ``"int8"`` is calibrated on, good ones of several
             products.
+        replace (bool): Replace a bundle, see :mod:`anomalib_resad.export.replacing`.
 
     Returns:
         Path: The folder.
 
     Raises:
         ValueError: If the checkpoint cannot be exported, or there is nothing to calibrate with.
-        FileExistsError: If the folder exists.
+        FileExistsError: If the folder exists, and is not to be replaced, or is no bundle.
+        OSError: If it cannot be written. Nothing is left behind then, and a bundle that was to be replaced is whole.
     """
     if (precision == "int8") != (calibration is not None):
         msg = f"precision='{precision}' with calibration={calibration}: int8, and only int8, needs photos to calibrate."
@@ -197,8 +203,9 @@ def export_bundle(
     if precision not in ("fp32", "fp16", "int8"):
         msg = f"precision='{precision}' is not known; use fp32, fp16 or int8."
         raise ValueError(msg)
+    check_output(Path(output), replace)
     model = load_model(checkpoint)
-    return write_bundle(model, convert(model), output, precision, calibration)
+    return write_bundle(model, convert(model), output, precision, calibration, replace)
 
 
 def write_bundle(
@@ -207,17 +214,32 @@ def write_bundle(
     output: Path | str,
     precision: Precision,
     calibration: Path | str | Sequence[Path] | None = None,
+    replace: bool = False,
 ) -> Path:
     """Write a bundle of what :func:`convert` made; arguments and errors as of :func:`export_bundle`."""
     encoder, detector, levels = converted
     half = precision != "fp32"
-    with new_folder(Path(output)) as folder:
+    with bundle_folder(Path(output), replace) as (folder, finish):
         if calibration is not None:
             encoder = quantize_encoder(encoder, calibration_photos(calibration))
-        ov.save_model(encoder, folder / ENCODER, compress_to_fp16=half)
-        ov.save_model(detector, folder / DETECTOR, compress_to_fp16=half)
-        _manifest(model, precision, levels, folder).write(folder)
+        _save(encoder, folder / ENCODER, half)
+        _save(detector, folder / DETECTOR, half)
+        finish(_manifest(model, precision, levels, folder))
     return Path(output)
+
+
+def _save(model: ov.Model, path: Path, half: bool) -> None:
+    try:
+        ov.save_model(model, path, compress_to_fp16=half)
+        ov.Core().read_model(path)  # what could not be written at the end is not always said
+        for part in (path, path.with_suffix(".bin")):  # on the disk, before a manifest names them
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+    except (RuntimeError, OSError) as error:
+        free = shutil.disk_usage(path.parent).free / 1e6
+        why = str(error).strip().splitlines()[-1]
+        msg = f"{path.name} cannot be written whole ({why}); {free:.1f} MB are free. Nothing was left."
+        raise OSError(msg) from error
 
 
 def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], folder: Path) -> Manifest:
