@@ -2,9 +2,7 @@
 
 """The commands of the edge, in processes without PyTorch, and what they need."""
 
-import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -163,11 +161,3 @@ def test_importing_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert result.stdout.strip() == "set() True", result.stderr
-
-
-def test_the_extra_is_what_the_readme_says() -> None:
-    root = Path(__file__).resolve().parents[1]
-    (extra,) = re.findall(r"^edge = (.*)$", (root / "pyproject.toml").read_text(), re.MULTILINE)
-    names = sorted(re.split(r"[>=]", each)[0] for each in json.loads(extra))
-    (line,) = re.findall(r"^pip install (filelock .*)$", (root / "README.md").read_text(), re.MULTILINE)
-    assert sorted(shlex.split(line)) == names

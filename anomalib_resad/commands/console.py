@@ -17,6 +17,12 @@ def say(text: str) -> None:
 
 def explained(error: Exception) -> str:
     """What to tell of an error; of those that nobody foresaw, also what it is."""
+    missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+    if missing.startswith("anomalib_resad."):
+        return (
+            "This command needs PyTorch and anomalib, which this installation is without: it is that for devices. Run "
+            "it where the whole package is installed, and copy what it writes."
+        )
     if isinstance(error, ValueError | OSError | ModuleNotFoundError):
         return str(error)
     return f"unexpected {type(error).__name__}: {error}. Add --debug to see where it came up, and report it"
