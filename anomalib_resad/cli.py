@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from anomalib_resad.commands.bake import bake
+from anomalib_resad.commands.bundle import info, pack, verify
 from anomalib_resad.commands.console import explained
 from anomalib_resad.commands.export import export, parity
 from anomalib_resad.commands.predict import predict
@@ -25,6 +26,12 @@ VERBS: dict[str, Any] = {
     "predict": predict,
     "products": products,
     "bake": bake,
+    "bundle": {
+        "_help": "Pack a bundle into one file, check it, or tell what it is.",
+        "pack": pack,
+        "verify": verify,
+        "info": info,
+    },
     "parity": parity,
     "serve": serve,
 }

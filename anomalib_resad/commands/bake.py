@@ -22,7 +22,7 @@ def bake(
     """Write one OpenVINO model of an enrolled product, for model servers, C++ and anomalib's inferencer.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         product: Name of the product.
         output: Folder of the model, such as models/cable, where the next version is written (models/cable/1 is the
             first); or the folder of a version.

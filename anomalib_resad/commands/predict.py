@@ -26,7 +26,7 @@ def predict(
     or the disk is full, the rows so far stay, and it ends with status 2.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         product: What the photos show.
         photos: Folder of photos, or one photo.
         output: Folder for the results.

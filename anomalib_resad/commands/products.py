@@ -30,7 +30,7 @@ def enroll(
     """Teach a bundle a product from good photos, or add some to a product.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         product: Name of the product.
         photos: Folder of good photos, or one photo.
         banks: Folder of the products' banks, if not in the bundle.
@@ -68,7 +68,7 @@ def products(bundle: Path, banks: Path | None = None, remove: str | None = None)
     """List the enrolled products, or remove one.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         banks: Folder of the products' banks, if not in the bundle.
         remove: Product to remove.
     """

@@ -22,7 +22,7 @@ def serve(
     """Open a web page to enroll products and inspect photos.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         banks: Folder of the products' banks, if not in the bundle.
         host: Address to listen on; by default this machine alone can open the page.
         port: Port; by default the first free one from 7860 on.

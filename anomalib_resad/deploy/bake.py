@@ -19,9 +19,10 @@ from openvino.passes import ConstantFolding, Manager
 
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bank_store import BankStore
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, Manifest, Watch, read_bundle
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, Manifest, banks_of, read_bundle
 from anomalib_resad.deploy.float32 import save_in_float32
 from anomalib_resad.deploy.prediction import scales_of
+from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.files import new_folder
 from anomalib_resad.enrollment.thresholds import center_and_width
 from anomalib_resad.version import __version__
@@ -70,7 +71,7 @@ def bake(
     folder = Path(bundle)
     manifest, files = read_bundle(folder)
     watch = Watch(folder, files[MANIFEST])
-    store = BankStore(folder / "banks" if banks is None else Path(banks), manifest, watch, most_loaded=1)
+    store = BankStore(banks_of(folder, banks), manifest, watch, most_loaded=1)
     bank, rows = store.load(product)
     model = _join(files, rows, pixels, color)
     _judge(model, manifest, bank)

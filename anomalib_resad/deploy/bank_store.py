@@ -12,7 +12,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, product_name, read_bank
-from anomalib_resad.deploy.bundle import Manifest, Watch, stamp
+from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.watch import Watch, stamp
 from anomalib_resad.enrollment.coreset import searched
 from anomalib_resad.enrollment.files import PART, remove_stale
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A bundle: one folder that holds an exported model, and a manifest that says what it is.
+"""A bundle: one folder, or one packed file, that holds an exported model, and a manifest that says what it is.
 
 ``encoder.xml`` makes features of photos, ``detector.xml`` scores and maps of features and a bank. Every file stands in
 ``manifest.json`` with its SHA-256.
@@ -9,12 +9,12 @@
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from anomalib_resad.deploy.packed import read_file
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.enrollment.thresholds import is_threshold
@@ -148,6 +148,10 @@ class Manifest:
         """What a bank must have been made with: features of other weights, or of 8 bits, are other features."""
         return f"{self.model}/{'int8' if self.precision == 'int8' else 'float'}"
 
+    def place(self, file: str) -> str:
+        """Where one of the files is in the bundle."""
+        return f"{self.folder}/{file}" if self.folder else file
+
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
         content = {"format": FORMAT, **asdict(self)}
@@ -216,13 +220,13 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
     Raises:
         BundleError: If something is missing, altered, or of another version.
     """
-    path = bundle / MANIFEST
-    again = "Copy the folder again, or make it with `resad export`."
+    path = dated(bundle)
+    again = "Copy the bundle again, or make it with `resad export`."
     if not path.is_file():
         msg = f"{bundle} is no bundle: it has no {MANIFEST}. Make one with `resad export`."
         raise BundleError(msg)
     try:
-        contents = {MANIFEST: path.read_bytes()}
+        contents = {MANIFEST: read_file(bundle, MANIFEST)}
         manifest = _parse(contents[MANIFEST])
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         msg = f"{path} cannot be read ({error!r}). {again}"
@@ -231,50 +235,26 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
         msg = f"{path} has another format than {FORMAT}, which this version reads. Export the checkpoint again."
         raise BundleError(msg)
     for name, digest in manifest.files.items():
-        file = bundle / manifest.folder / name
         try:
-            contents[name] = file.read_bytes()
+            contents[name] = read_file(bundle, manifest.place(name))
             problem = "altered or truncated"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             contents[name], problem = b"", "missing" if isinstance(error, FileNotFoundError) else str(error)
         if hashlib.sha256(contents[name]).hexdigest() != digest:
-            if path.read_bytes() != contents[MANIFEST]:
+            if read_file(bundle, MANIFEST) != contents[MANIFEST]:
                 return read_bundle(bundle)  # it was replaced meanwhile
-            msg = f"{file} is {problem}. {again}"
+            msg = f"{bundle / manifest.place(name)} is {problem}. {again}"
             raise BundleError(msg)
     return manifest, contents
 
 
-class Watch:
-    """Notices that a bundle was replaced since it was opened; costs one look at a file's date.
-
-    Args:
-        bundle (Path): The bundle.
-        manifest (bytes): Content of its manifest when it was opened.
-    """
-
-    def __init__(self, bundle: Path, manifest: bytes) -> None:
-        self._path = bundle / MANIFEST
-        self._content = manifest
-        self._seen: os.stat_result | None = None
-
-    def check(self) -> None:
-        """Refuse to go on with a model that is no longer that of the folder; one that was moved away may go on.
-
-        Raises:
-            BundleError: If the manifest is another one.
-        """
-        try:
-            now = self._path.stat()
-            if self._seen is None or stamp(now) != stamp(self._seen):
-                if self._path.read_bytes() != self._content:
-                    msg = f"{self._path.parent} was replaced after it was opened. Open it again, to use the new model."
-                    raise BundleError(msg)
-                self._seen = now
-        except FileNotFoundError:
-            return
+def dated(bundle: Path) -> Path:
+    """The file whose date tells that a bundle was replaced: the packed file, or a folder's manifest."""
+    return bundle if bundle.is_file() else bundle / MANIFEST
 
 
-def stamp(stat: os.stat_result) -> tuple[int, ...]:
-    """What tells that a file was written anew: a copy may keep the date and the size of the other one."""
-    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
+def banks_of(bundle: Path, banks: Path | str | None = None) -> Path:
+    """Where the banks of a bundle's products lie: where one says, in the folder, or beside the packed file."""
+    if banks is not None:
+        return Path(banks)
+    return bundle.with_name(f"{bundle.name}.banks") if bundle.is_file() else bundle / "banks"

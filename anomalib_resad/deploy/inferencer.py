@@ -13,9 +13,10 @@ import numpy as np
 
 from anomalib_resad.deploy.bank import Bank, BankError, bank_file, product_name
 from anomalib_resad.deploy.bank_store import BankStore
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, BundleError, Watch, read_bundle
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, BundleError, banks_of, read_bundle
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.runtime import Runtime
+from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos, read_like
@@ -34,9 +35,10 @@ class ResADInferencer:
     the device would choose by itself.
 
     Args:
-        bundle (Path | str): Folder made by ``resad export``.
+        bundle (Path | str): Folder made by ``resad export``, or file made by ``resad bundle pack``.
         device (str): OpenVINO device.
-        banks (Path | str | None): Folder of the products' banks; ``banks`` in the bundle by default.
+        banks (Path | str | None): Folder of the products' banks; ``banks`` in the bundle by default, and beside a
+            packed one, ``<its name>.banks``.
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
         most_loaded (int): Most banks kept in memory, the least recently used dropped first.
 
@@ -58,7 +60,7 @@ class ResADInferencer:
     ) -> None:
         self.bundle = Path(bundle)
         self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
-        self.banks = Path(banks) if banks is not None else self.bundle / "banks"
+        self.banks = banks_of(self.bundle, banks)
         self.device = device
         self.size = sum(map(len, files.values()))
         self._runtime = Runtime(files, device, threads)
