@@ -147,6 +147,20 @@ def memory_by_sizes(path: Path, cells: list[str], column: str) -> list[float]:
     return [float(the(records(path), keeps=keeps, sizes=number_of(column))["megabytes"])]
 
 
+def on_a_new_device(path: Path, cells: list[str], _: str) -> list[float]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    sizes = {each["name"]: each["mb"] for each in result["packages"]}
+    figures = {
+        "the wheel, MB": result["wheel_mb"],
+        "all that is installed, MB": result["packages_mb"],
+        "OpenVINO in it, MB": sizes["openvino"],
+        "install, s": result["seconds"]["install"],
+        "enroll, s": result["seconds"]["enroll"],
+        "inspect one photo, s": result["seconds"]["inspect"],
+    }
+    return [figures[cells[0]]]
+
+
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "time over the backbone": time_over_backbone,
@@ -155,6 +169,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "other precisions and batches": cost_over_backbone,
     "seconds by epoch": training_by_epoch,
     "by backbone": on_the_edge,
+    "on a new device": on_a_new_device,
     "megabytes by sizes": memory_by_sizes,
 }
 
