@@ -40,7 +40,8 @@ def compare(path: Path, inferencer: ResADInferencer, photos: list[Path], like: s
         found = compiled({"input": np.ascontiguousarray(values)})
         assert found["pred_score"].shape == found["pred_label"].shape == (1,)
         assert found["pred_score"].item() == pytest.approx(expected.score, abs=1e-4)
-        assert found["pred_label"].item() is expected.label
+        assert found["pred_label"].item() == expected.label
+        assert found["pred_label"].dtype == found["pred_mask"].dtype == np.uint8
         np.testing.assert_allclose(found["anomaly_map"][0, 0], expected.map, atol=1e-4)
         assert np.array_equal(found["pred_mask"], found["anomaly_map"] > 0.5)
 

@@ -161,6 +161,13 @@ def on_a_new_device(path: Path, cells: list[str], _: str) -> list[float]:
     return [figures[cells[0]]]
 
 
+def by_consumer(path: Path, cells: list[str], column: str) -> list[float]:
+    row = the(records(path), who=re.escape(cells[0]))
+    if column == "same labels":
+        return [float(row["same_labels"])]
+    return [1e7 * float(row["from_evaluation" if "evaluation" in column else "from_edge"])]
+
+
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "time over the backbone": time_over_backbone,
@@ -171,6 +178,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "by backbone": on_the_edge,
     "on a new device": on_a_new_device,
     "megabytes by sizes": memory_by_sizes,
+    "by consumer": by_consumer,
 }
 
 

@@ -130,9 +130,9 @@ def _judge(model: ov.Model, manifest: Manifest, bank: Bank) -> None:
     )
     results = {
         "pred_score": score,
-        "pred_label": op.greater(score, op.constant(np.float32(manifest.label_above))),
+        "pred_label": _above(score, manifest.label_above),
         "anomaly_map": anomaly_map,
-        "pred_mask": op.greater(anomaly_map, op.constant(np.float32(ANOMALOUS))),
+        "pred_mask": _above(anomaly_map, ANOMALOUS),
     }
     for result in model.get_results():
         model.remove_result(result)
@@ -148,6 +148,11 @@ def _normalized(raw: Output, scale: tuple[np.float32, ...]) -> Node:
     distance = op.multiply(op.add(raw, op.constant(-center)), op.constant(np.float32(2)))
     share = op.divide(distance, op.add(op.absolute(distance), op.constant(width)))
     return op.add(op.multiply(share, op.constant(np.float32(0.5))), op.constant(np.float32(0.5)))
+
+
+def _above(value: Node, threshold: float) -> Node:
+    """1 or 0, as uint8: OpenVINO Model Server cannot write booleans in JSON."""
+    return op.convert(op.greater(value, op.constant(np.float32(threshold))), "u8")
 
 
 def _fold(model: ov.Model) -> None:
@@ -205,6 +210,9 @@ def _write(model: ov.Model, output: Path) -> Path:
     with FileLock(versions / LOCK):  # two that bake at the same time take two numbers
         numbers = [int(path.name) for path in versions.iterdir() if path.name.isascii() and path.name.isdigit()]
         path = output if given else versions / str(1 + max(numbers, default=0))
+        if path.exists():
+            msg = f"{path} exists; nothing was changed. Choose another version, or give {versions} for the next one."
+            raise FileExistsError(msg)
         with new_folder(path) as folder:
             save_in_float32(model, folder / MODEL)
     return path / MODEL
