@@ -17,6 +17,7 @@ from anomalib_resad.commands.export import export, parity
 from anomalib_resad.commands.predict import predict
 from anomalib_resad.commands.products import enroll, products
 from anomalib_resad.commands.serve import serve
+from anomalib_resad.commands.watch import watch
 from anomalib_resad.deploy.messages import printable
 
 FLAGS = ("--replace", "--resume")
@@ -34,6 +35,7 @@ VERBS: dict[str, Any] = {
     },
     "parity": parity,
     "serve": serve,
+    "watch": watch,
 }
 
 

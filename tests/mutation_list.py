@@ -264,6 +264,15 @@ MUTATIONS = [
              "test_bake"),
     Mutation("commands/console.py", "a device is told no reason", 'missing.startswith("anomalib_resad.")', "False",
              "test_edge_wheel"),
+    Mutation("deploy/journal.py", "a half row stays", "            self._file.truncate(whole)\n", "", "test_watch"),
+    Mutation("deploy/watching.py", "photos are inspected again", "if (name, digest) not in self.journal.recorded:\n"
+             "                found", "if True:\n                found", "test_watch"),
+    Mutation("deploy/watching.py", "half a file is taken", "elif not seen.done and time.monotonic() - seen.since >=",
+             "elif not seen.done and 1e9 >=", "test_watch"),
+    Mutation("deploy/sinks.py", "a row that was refused is lost", "                self.sink(row)\n",
+             "                with suppress(OSError):\n                    self.sink(row)\n", "test_watch"),
+    Mutation("deploy/sinks.py", "rows are sent again", "                write_whole(self.state, str(after).encode())\n",
+             "", "test_watch"),
     # -- export
     Mutation("export/edge_bundle.py", "settings are left out of the name", '("backbone", "layers", *ARCHITECTURE)',
              '("backbone", "layers")', "test_edge"),

@@ -89,8 +89,9 @@ def test_the_wheel_requires_no_torch(wheel: Path) -> None:
     (extra,) = re.findall(r"^edge = (.*)$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     plain = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert sorted(map(str, map(Requirement, plain))) == sorted(map(str, map(Requirement, json.loads(extra))))
-    assert set(metadata.get_all("Provides-Extra", [])) == {"edge", "serve"}, "of the whole one, as documents name them"
-    for extra in ("edge", "serve"):
+    extras = ("edge", "mqtt", "serve")
+    assert set(metadata.get_all("Provides-Extra", [])) == set(extras), "of the whole one, as documents name them"
+    for extra in extras:
         brought = closure(metadata, extra)
         assert {"openvino", "numpy"} < brought
         assert not brought & {each.lower() for each in BLOCKED} - ({"pandas"} if extra == "serve" else set()), extra

@@ -39,7 +39,7 @@ SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}
 
 logger = logging.getLogger(__name__)
 
-Photo: TypeAlias = "str | Path | np.ndarray | Image.Image"
+Photo: TypeAlias = "str | Path | bytes | np.ndarray | Image.Image"
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ def read_pixels(photo: Photo, bit_depth: BitDepth = "auto") -> np.ndarray:
     """Read a photo as RGB, uint8, shape ``(H, W, 3)``.
 
     Args:
-        photo (Photo): A file, a Pillow image, or an array of shape ``(H, W)`` or ``(H, W, 3)``, uint8, or uint16 of a
-            given depth.
+        photo (Photo): A file, the content of one, a Pillow image, or an array of shape ``(H, W)`` or ``(H, W, 3)``,
+            uint8, or uint16 of a given depth.
         bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use, or ``"auto"``: what each one states.
 
     Raises:
@@ -219,9 +219,11 @@ def identify(photo: Photo, bit_depth: BitDepth = "auto") -> tuple[Reference, np.
         PhotoError: If it cannot be used.
     """
     try:
-        if isinstance(photo, str | Path):
-            content = _content_of(photo)
-            return (Reference(Path(photo).name, hashlib.sha256(content).hexdigest()), *decode_photo(content, bit_depth))
+        if isinstance(photo, str | Path | bytes):
+            content = photo if isinstance(photo, bytes) else _content_of(photo)
+            digest = hashlib.sha256(content).hexdigest()
+            name = f"photo-{digest[:12]}" if isinstance(photo, bytes) else Path(photo).name
+            return (Reference(name, digest), *decode_photo(content, bit_depth))
         pixels, depth = (
             _checked_array(photo, bit_depth) if isinstance(photo, np.ndarray) else decode_photo(photo, bit_depth)
         )

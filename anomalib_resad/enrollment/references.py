@@ -47,7 +47,7 @@ class References(Mapping[Reference, np.ndarray]):
 def _read_again(photo: Photo, checked: Reference, bit_depth: int) -> np.ndarray:
     reference, pixels, _ = identify(photo, bit_depth)
     if reference.sha256 != checked.sha256:
-        msg = f"{photo}: changed while it was enrolled. Enroll again."
+        msg = f"{checked.name}: changed while it was enrolled. Enroll again."
         raise PhotoError(msg)
     return pixels
 
