@@ -40,7 +40,7 @@ def watch(
     again under its name gets another row if its content differs.
 
     Args:
-        bundle: Folder made by `resad export`.
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
         product: What the photos show.
         folder: Folder that photos are written to, or to folders in it.
         output: Folder for the results, outside of that one.

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from anomalib_resad.deploy.bundle import stamp
 from anomalib_resad.deploy.journal import Journal
 from anomalib_resad.deploy.prediction import Prediction
+from anomalib_resad.deploy.watch import stamp
 from anomalib_resad.enrollment.photos import PhotoError, is_hidden, is_photo_file
 
 logger = logging.getLogger(__name__)
