@@ -9,6 +9,7 @@ checkpoint from a GPU does not load without one.
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,12 +23,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from anomalib_resad.enrollment.thresholds import is_threshold
 from anomalib_resad.method.safe_load import parse_weights_only, read_file
 
 WHAT = "trained ResAD"
 CHECKSUM = "resad_sha256"  # its place in a checkpoint; checkpoints of 0.1.0 have none
 # Constructor arguments without a default value that every method has had in every version.
 REQUIRED = ("backbone", "layers", "match", "sigma", "image_size")
+# In the post-processor: threshold, least and largest value of scores and of maps; what belongs to a product, a spread.
+IMAGE_SCALE = ("_image_threshold", "image_min", "image_max")
+PIXEL_SCALE = ("_pixel_threshold", "pixel_min", "pixel_max")
+OF_GOOD = ("product_threshold", "spread")
 
 
 def checksum(checkpoint: Mapping[str, Any]) -> str:
@@ -85,7 +91,31 @@ def parse_checkpoint(file: bytes, path: Path | str) -> dict[str, Any]:
             "again, or train it again with `anomalib train`."
         )
         raise ValueError(msg)
+    _check_thresholds(state, path)
     return content
+
+
+def _check_thresholds(state: Mapping[str, Any], path: Path | str) -> None:
+    """Refuse thresholds and ranges that no scores can be compared with; NaN stands for what was not learned.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    known = {name: state.get(f"post_processor.{name}") for name in (*IMAGE_SCALE, *PIXEL_SCALE, *OF_GOOD)}
+    numbers = {name: float(value) for name, value in known.items() if isinstance(value, Tensor) and value.numel() == 1}
+    numbers = {name: value for name, value in numbers.items() if not math.isnan(value)}
+    problems = [f"{name}={value:g}" for name, value in numbers.items() if not is_threshold(value)]
+    for _, low, high in (IMAGE_SCALE, PIXEL_SCALE):
+        if (low in numbers) != (high in numbers) or numbers.get(low, 0) > numbers.get(high, 0):
+            problems.append(f"from {low}={numbers.get(low, math.nan):g} to {high}={numbers.get(high, math.nan):g}")
+    if PIXEL_SCALE[0] in numbers and IMAGE_SCALE[0] not in numbers:  # both are learned together
+        problems.append(f"{IMAGE_SCALE[0]}=nan")
+    if problems:
+        msg = (
+            f"{path} holds thresholds or ranges that cannot be: {', '.join(problems)}. Train it again with `anomalib "
+            "train`."
+        )
+        raise ValueError(msg)
 
 
 class CheckedCheckpointIO(AnomalibCheckpointIO):

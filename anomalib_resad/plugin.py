@@ -2,7 +2,15 @@
 
 """Everything of the package that needs PyTorch and anomalib; importing it makes ``ResAD`` known to anomalib."""
 
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
 from anomalib import models
+from anomalib.utils import config
 
 from anomalib_resad.data.cross_category import CrossCategory
 from anomalib_resad.data.product_folder import ProductFolder
@@ -18,3 +26,43 @@ __all__ = ["CrossCategory", "FewShotReferences", "ProductFolder", "ReferenceBank
 models.ResAD = ResAD  # type: ignore[attr-defined]
 models.ALLOWED_MODULES.add("anomalib_resad")
 heed_seed_everything()
+
+DEBUG = "RESAD_DEBUG"  # set in the environment, it shows where an error came up
+
+
+def _own(error: BaseException, trace: TracebackType | None) -> BaseException | None:
+    """An error that this package raised on purpose; of one that jsonargparse raised, the one that made it do so."""
+    behind = [frame.f_locals.get("exceptions") for frame, _ in traceback.walk_tb(trace)]
+    for each in [error, *(one for several in behind if isinstance(several, list) for one in several)]:
+        frames = traceback.extract_tb(each.__traceback__) if isinstance(each, ValueError | OSError) else []
+        if frames and Path(__file__).parent in Path(frames[-1].filename).parents:
+            return each
+    return None
+
+
+def shorten_errors() -> None:
+    """Let the `anomalib` command end our own messages to its user in one sentence, not below pages of its frames.
+
+    Errors that do not come from this package, and other programs, are as they were. anomalib sets its hook while it is
+    imported, so that ours is set when the arguments are there, before anything is made of them.
+    """
+    update = config.update_config
+
+    def update_and_listen(given: Any) -> Any:  # noqa: ANN401  # as of anomalib
+        before = sys.excepthook
+
+        def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            own = None if os.environ.get(DEBUG) else _own(error, trace)
+            if own is None:
+                before(kind, error, trace)
+            else:
+                sys.stderr.write(f"Error: {own} ({DEBUG}=1 shows where it came up.)\n")
+
+        sys.excepthook = tell
+        return update(given)
+
+    if Path(sys.argv[0]).stem == "anomalib":
+        config.update_config = update_and_listen  # type: ignore[assignment]
+
+
+shorten_errors()

@@ -2,6 +2,7 @@
 
 """Checkpoint files: whole or refused, by every way in, on any machine."""
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -92,6 +93,39 @@ def test_bad_checkpoints_end_in_one_sentence(way: str, bad: dict[str, Path], pro
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt: there is no such file"):
         ways(products, tmp_path)[way](tmp_path / "none.ckpt")
     assert not list(bad["would run code"].parent.glob("pwned"))
+
+
+IMPOSSIBLE = {
+    "_image_threshold=inf": {"_image_threshold": math.inf},
+    "_image_threshold=nan": {"_image_threshold": math.nan},
+    "_pixel_threshold=1e+30": {"_pixel_threshold": 1e30},
+    "product_threshold=-inf": {"product_threshold": float(torch.tensor(-1e39))},
+    "from image_min=2 to image_max=1": {"image_min": 2.0, "image_max": 1.0},
+    "from pixel_min=nan to pixel_max=1": {"pixel_min": math.nan, "pixel_max": 1.0},
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_thresholds_that_cannot_be_are_refused_by_every_way(
+    message: str, trained: Path, products: Path, tmp_path: Path
+) -> None:
+    content = torch.load(trained, weights_only=True)
+    for name, value in IMPOSSIBLE[message].items():
+        content["state_dict"][f"post_processor.{name}"].fill_(value)
+    for checked in (True, False):
+        path = rewrite(content, tmp_path / "impossible.ckpt", checked)
+        for way in ways(products, tmp_path).values() if checked else [load_model]:
+            with pytest.raises(ValueError, match=rf"impossible.ckpt holds thresholds .*{re.escape(message)}.* Train"):
+                way(path)
+
+
+def test_a_checkpoint_without_thresholds_is_one(trained: Path, tmp_path: Path) -> None:
+    """Of a training without validation."""
+    content = torch.load(trained, weights_only=True)
+    for name, value in content["state_dict"].items():
+        if name.startswith("post_processor."):
+            value.fill_(math.nan)
+    assert not load_model(rewrite(content, tmp_path / "none.ckpt")).post_processor.has_statistics
 
 
 def test_no_traceback_in_resad_export(

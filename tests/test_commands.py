@@ -196,6 +196,15 @@ def test_class_path_and_single_category(workplace: Path) -> None:
     assert "synthetic ones stand in" in " ".join(output.split())
 
 
+def test_our_messages_end_the_command_in_one_sentence(workplace: Path) -> None:
+    """In a process of its own, whose last words they are."""
+    command = [ANOMALIB, "predict", "--model", "ResAD", "--model.k_shot", "0", "--data", "none"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: k_shot=0 ")
+
+
 def test_printed_settings_are_those_that_count(workplace: Path) -> None:
     printed = run("anomalib train --model ResAD --data MVTecAD --print_config=skip_null", workplace)
     settings = yaml.safe_load(printed)["model"]["init_args"]

@@ -98,8 +98,9 @@ def test_maps_of_any_earlier_run_are_no_photos(tmp_path: Path, caplog: pytest.Lo
         "maps/b.png",
     ]
     assert "2 .csv, 1 maps of earlier results" in caplog.text
-    with pytest.raises(PhotoError, match="holds no photo"):
-        list_photos(tmp_path / "monday")
+    for folder in ("monday", "monday/found/maps", "monday/found/maps/lot"):
+        with pytest.raises(PhotoError, match="holds no photo"):
+            list_photos(tmp_path / folder)
 
 
 def test_a_run_that_ended_early_is_resumed(

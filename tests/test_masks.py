@@ -14,13 +14,15 @@ import pytest
 from anomalib.data import Folder, MVTecAD
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import seed_everything
 from PIL import Image
 
-from anomalib_resad import CrossCategory, ResAD
+from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.data.masks import read_mask
 from anomalib_resad.enrollment.photos import PhotoError, read_header, read_pixels
 from tests.conftest import DEFAULT, DISTANCE, SHARED, cross_category, product, quiet_engine
 
+METRICS = ("image_AUROC", "pixel_AUROC")
 DEFECT = np.zeros((24, 32), bool)
 DEFECT[5:13, 6:16] = True
 WHITE = DEFECT.astype(np.uint8) * 255
@@ -151,12 +153,31 @@ def test_a_mask_without_a_defect_counts_as_missing(
             data.setup()
             source = cross_category(root, source="grain, pill")
             source.setup()
-        assert data.task == "classification"
-        assert "tiles: 1 of 3 defective photos have no mask, so no pixel metrics are computed for it: " in caplog.text
+        assert "tiles: 1 of 3 defective photos have no mask, and do not count in pixel metrics: " in caplog.text
         assert f"{root / 'tiles/test/spot/000.png'}. Add the masks" in caplog.text
         assert f"left out of training: {root / 'grain/test/spot/000.png'}." in caplog.text
         assert ("1 masks show no defect, and count as missing" in caplog.text) == (name == "empty")
         assert int(source.train_data.samples.label_index.sum() + source.val_data.samples.label_index.sum()) == 5
+
+
+def test_pixel_metrics_are_of_the_photos_that_have_masks(products: Path, tmp_path: Path) -> None:
+    """As if the others were not there; the metrics of images count them, whatever batches they come in."""
+    shutil.copytree(products / "tiles", tmp_path / "some" / "tiles")
+    (tmp_path / "some/tiles/ground_truth/crack/000_mask.png").unlink()
+    shutil.copytree(tmp_path / "some", tmp_path / "fewer")
+    (tmp_path / "fewer/tiles/test/crack/000.png").unlink()
+    results = {}
+    for name, root in (("all", products), *((name, tmp_path / name) for name in ("some", "fewer"))):
+        for data in (product(root, "tiles"), cross_category(products, "grain", None)):
+            if isinstance(data, CrossCategory):
+                data.target = product(root, "tiles")
+            seed_everything(0)
+            model = ResAD(**DISTANCE, visualizer=False)
+            (results[name, type(data)],) = quiet_engine(tmp_path).test(model, datamodule=data, verbose=False)
+    for kind in (ProductFolder, CrossCategory):
+        image, pixel = ([results[name, kind][key] for name in ("all", "some", "fewer")] for key in METRICS)
+        assert image[1] == image[0]
+        assert pixel[1] == pixel[2] != pixel[0]
 
 
 def test_a_product_without_masks_is_fine(products: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,7 +262,7 @@ def test_cases_of_masks(
     quiet_engine(tmp_path, max_epochs=1).fit(ResAD(**DEFAULT, visualizer=False), datamodule=source)
     data = product(root, "p")
     (result,) = quiet_engine(tmp_path).test(ResAD(**DISTANCE, visualizer=False), datamodule=data, verbose=False)
-    assert ("pixel_AUROC" in result) == (len(expected) == 4)
+    assert "pixel_AUROC" in result
     assert ("hole/000.png. Add the masks" in caplog.text) == (len(expected) == 3)
 
 
@@ -332,3 +353,11 @@ def test_any_mask_gives_its_defect_or_is_refused(
             read_mask(path, read_header(photo))
     else:
         assert np.array_equal(read_mask(path, read_header(photo)), shape)
+
+
+def test_a_mask_of_several_photos_is_refused(products: Path, tmp_path: Path) -> None:
+    """Which of them was drawn on is not known."""
+    shutil.copytree(products / "tiles", tmp_path / "tiles")
+    Image.open(tmp_path / "tiles/test/spot/000.png").save(tmp_path / "tiles/test/spot/000.jpg")
+    with pytest.raises(PhotoError, match=r"000_mask\.png: it is of several photos \(.*000\.jpg, .*000\.png\); rename"):
+        product(tmp_path, "tiles").setup()

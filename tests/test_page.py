@@ -123,6 +123,20 @@ def test_a_verdict_is_of_one_product_as_it_was(page: Page, good: list[Path], new
     assert "2 photos" in page.enroll("tu\u0308r", [str(good[1])])[0]
 
 
+def test_the_depth_of_photos_can_be_given(page: Page, tmp_path: Path) -> None:
+    """That of files which do not say it; kept for the photos that are added."""
+    photos = [tmp_path / f"{number}.png" for number in range(2)]
+    for photo in photos:
+        Image.fromarray(np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)).save(photo)
+    with pytest.raises(gradio.Error, match="more than 8 bits a channel"):
+        page.enroll("deep", [str(photos[0])])
+    with pytest.raises(gradio.Error, match="bit_depth='many' must be"):
+        page.enroll("deep", [str(photos[0])], 1, "many")  # type: ignore[arg-type]  # whatever a client sends
+    page.enroll("deep", [str(photos[0])], 1, 12)
+    page.enroll("deep", [str(photos[1])])
+    assert page.inferencer.bank("deep").bit_depth == 12
+
+
 def test_what_is_refused_is_said_in_its_place(page: Page, good: list[Path], tmp_path: Path) -> None:
     """No overlay over the list of products, and nothing left of an earlier inspection."""
     (tmp_path / "uploads").mkdir()
@@ -269,7 +283,9 @@ def test_what_one_session_enrolls_another_can_use(
     client = serve()
     assert client.get("/").status_code == 200
     assert "not enrolled" in call(client, "inspect", *uploaded(client, new[0]), "tiles", 0.5, session="two")[2]
-    assert call(client, "enroll", "tiles", uploaded(client, *good[:2]), 1)[0].startswith("**tiles** is enrolled.")
+    assert call(client, "enroll", "tiles", uploaded(client, *good[:2]), 1, "auto")[0].startswith(
+        "**tiles** is enrolled."
+    )
     for number in range(12):
         photo = uploaded(client, good[number % len(good)])
         picture, _, verdict = call(client, "inspect", *photo, "tiles", 0.5, session="two")
@@ -453,7 +469,7 @@ def test_only_uploads_are_read(
     ):
         for answer in (
             call(client, "inspect", photo, "tiles", 0.5),
-            call(client, "enroll", "stolen", photo if isinstance(photo, list) else [photo], 1),
+            call(client, "enroll", "stolen", photo if isinstance(photo, list) else [photo], 1, "auto"),
             call(client, "remove", photo),
         ):
             assert "score" not in str(answer)

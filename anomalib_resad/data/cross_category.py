@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from anomalib_resad.data.category_batches import CategoryBatches
 from anomalib_resad.data.masks import check_masks, listed
-from anomalib_resad.data.product_folder import ProductFolder, SamplesDataset
+from anomalib_resad.data.product_folder import ProductFolder, SamplesDataset, in_order
 from anomalib_resad.enrollment.draws import draw, seeded
 from anomalib_resad.enrollment.photos import check_photos
 
@@ -267,4 +267,5 @@ class CrossCategory(AnomalibDataModule):
         if self.target is None:
             msg = "There is no target to test on: add `target` to the datamodule, or train only, with `anomalib fit`."
             raise ValueError(msg)
-        return super().test_dataloader()
+        own = isinstance(self.test_data, SamplesDataset)
+        return in_order(self, self.test_data) if own else super().test_dataloader()

@@ -8,6 +8,7 @@ The rules, for every source of masks:
 - What is not black is the defect; in lossy files (JPEG, WebP) what is brighter than half, because these blur edges.
 - Transparent pixels are no defect. Where all colors are the same, the opaque pixels are the defect.
 - Index colors count as the colors that they stand for; where these are all black or all not, index 0 is no defect.
+- A mask belongs to one photo.
 - A mask without a defect is taken for a missing one.
 - A mask that is white for the most part, its edge too, is inverted, and refused.
 """
@@ -26,7 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from anomalib_resad.enrollment.decoding import AS_STORED, FORMATS, HEAD, Header, PhotoError, header_of
+from anomalib_resad.enrollment.decoding import AS_STORED, FORMATS, HEAD, Header, PhotoError, header_of, unreadable
 from anomalib_resad.enrollment.photos import mask_may_be_turned, read_header, refuse
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ def read_mask(path: Path | str, photo: Header) -> np.ndarray:
         msg = "no such file"
         raise PhotoError(msg) from None
     except Exception as error:  # whatever a decoder raises
-        msg = f"unreadable ({error or type(error).__name__})"
-        raise PhotoError(msg) from error
+        raise unreadable(error) from error
     _check_shape(stored, photo)
     edge = np.concatenate([stored[0], stored[-1], stored[:, 0], stored[:, -1]])
     if stored.mean() > 0.5 and edge.mean() > 0.5:
@@ -153,6 +153,8 @@ def check_masks(samples: DataFrame, name: str, as_anomalib: bool = False) -> Dat
                 empty.append(mask)
         except PhotoError as error:  # all of them are named
             problems.append(f"{mask}: {error}")
+    shared = rows[rows.duplicated("mask_path", keep=False)].groupby("mask_path").image_path
+    problems += [f"{mask}: it is of several photos ({', '.join(photos)}); rename these" for mask, photos in shared]
     refuse(problems, f"masks of {name}")
     if empty:
         logger.warning("%s: %d masks show no defect, and count as missing: %s.", name, len(empty), listed(empty))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from anomalib.data import AnomalibDataModule, AnomalibDataset, ImageItem
 from anomalib.data.utils import LabelName, Split, TestSplitMode, ValSplitMode
 from pandas import DataFrame
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 from torchvision.transforms.v2 import Resize
 from torchvision.transforms.v2.functional import to_dtype, to_image
 from torchvision.tv_tensors import Mask
 
+from anomalib_resad.data.category_batches import CategoryBatches
 from anomalib_resad.data.masks import check_masks, listed, read_mask
-from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.decoding import BitDepth, PhotoError
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import (
     EXTENSIONS,
@@ -48,7 +50,7 @@ class SamplesDataset(AnomalibDataset):
 
     Args:
         samples (DataFrame): anomalib's columns; ``mask_path`` is empty where there is no mask.
-        task (str): ``"segmentation"`` if every defective image has a mask, else ``"classification"``.
+        task (str): ``"segmentation"`` for masks beside the images, of those that have one, else ``"classification"``.
 
     Attributes:
         bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use; :class:`PhotoCheck` sets it.
@@ -73,9 +75,9 @@ class SamplesDataset(AnomalibDataset):
         sample = self.samples.iloc[index]
         image = as_image(read_pixels(sample.image_path, self.bit_depth))
         mask = None
-        if self.samples.attrs["task"] == "segmentation":
-            has_mask = sample.label_index == LabelName.ABNORMAL
-            shown = read_mask(sample.mask_path, read_header(sample.image_path)) if has_mask else None
+        if self.samples.attrs["task"] == "segmentation" and _is_drawn(sample):
+            defective = sample.label_index == LabelName.ABNORMAL
+            shown = read_mask(sample.mask_path, read_header(sample.image_path)) if defective else None
             mask = Mask(torch.zeros(image.shape[-2:]) if shown is None else torch.from_numpy(shown))
         own = self.sizes.get(sample.category) if self.sizes else None
         transform = self.augmentations if own is None else Resize(own, antialias=True)
@@ -91,10 +93,30 @@ class SamplesDataset(AnomalibDataset):
         )
 
 
+def _is_drawn(sample: Any) -> bool:  # noqa: ANN401  # a row of samples
+    """Whether it is known which pixels are defective: of good photos, none is."""
+    return sample.label_index == LabelName.NORMAL or sample.mask_path != ""
+
+
+def in_order(data: AnomalibDataModule, dataset: AnomalibDataset) -> DataLoader:
+    """Photos to evaluate; those without a mask in batches of their own, which pixel metrics pass over.
+
+    Args:
+        data (AnomalibDataModule): Says how many images a batch has, and how many processes load them.
+        dataset (AnomalibDataset): The images.
+    """
+    kinds = ["drawn" if _is_drawn(sample) else "not drawn" for sample in dataset.samples.itertuples()]
+    batches = CategoryBatches(SequentialSampler(kinds), data.eval_batch_size, False, kinds)
+    collate = data.external_collate_fn or dataset.collate_fn
+    return DataLoader(dataset, batch_sampler=batches, num_workers=data.num_workers, collate_fn=collate)
+
+
 def _photos_in(folder: Path) -> list[Path]:
     """The photos of a folder and of the folders in it; none of a folder that holds none."""
-    photos = (path for path in folder.rglob("*") if is_photo_file(path) and not is_hidden(path.relative_to(folder)))
-    return list_photos(folder) if any(photos) else []
+    try:
+        return list_photos(folder)
+    except PhotoError:
+        return []
 
 
 def _is_good(folder: Path) -> bool:
@@ -201,22 +223,32 @@ class ProductFolder(AnomalibDataModule):
         samples = check_masks(samples, self.category)
         defective = samples[samples.label_index == LabelName.ABNORMAL]
         missing = defective.image_path[defective.mask_path == ""].tolist()
-        task = "classification" if missing else "segmentation"
         if 0 < len(missing) < len(defective):
             logger.warning(
-                "%s: %d of %d defective photos have no mask, so no pixel metrics are computed for it: %s. Add the "
-                "masks, or move these photos away.",
+                "%s: %d of %d defective photos have no mask, and do not count in pixel metrics: %s. Add the masks, or "
+                "move these photos away.",
                 self.category,
                 len(missing),
                 len(defective),
                 listed(missing),
             )
         for split, attribute in ((Split.TRAIN, "train_data"), (Split.TEST, "test_data")):
-            setattr(self, attribute, SamplesDataset(samples[samples.split == split.value].reset_index(drop=True), task))
+            own = samples[samples.split == split.value].reset_index(drop=True)
+            masks = own.mask_path[own.label_index == LabelName.ABNORMAL] != ""
+            # Photos to train on are shuffled into batches that have masks, or have none.
+            is_read = masks.all() or (split == Split.TEST and masks.any())
+            task = "segmentation" if is_read else "classification"
+            setattr(self, attribute, SamplesDataset(own, task))
 
     def _create_test_split(self) -> None:
         """The test images are those of the test folder, be there normals or not."""
 
     def val_dataloader(self):  # noqa: ANN201  # anomalib's own annotation is a union of Lightning's
         """Validation images; none by default."""
+        if isinstance(getattr(self, "val_data", None), SamplesDataset):  # a share of the test images
+            return in_order(self, self.val_data)
         return super().val_dataloader() if hasattr(self, "val_data") else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Test images."""
+        return in_order(self, self.test_data)

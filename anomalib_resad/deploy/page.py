@@ -18,6 +18,7 @@ from anomalib_resad.deploy.messages import as_markdown, printable, without_folde
 from anomalib_resad.deploy.pictures import overlay, shrunk
 from anomalib_resad.deploy.prediction import scales_of
 from anomalib_resad.deploy.uploads import Uploads
+from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.enrollment.thresholds import denormalize
 
@@ -85,8 +86,14 @@ class Page:
             return gr.Dropdown(choices=names)
         return gr.Dropdown(choices=names, value=names[0] if names else None)
 
-    def enroll(self, name: str, files: Sequence[str] | None, rotations: Rotations | None = None) -> tuple[Any, ...]:
-        """Enroll a product, or add photos to it, in as many orientations as those that are there."""
+    def enroll(
+        self,
+        name: str,
+        files: Sequence[str] | None,
+        rotations: Rotations | None = None,
+        bit_depth: BitDepth = "auto",
+    ) -> tuple[Any, ...]:
+        """Enroll a product, or add photos to it, in as many orientations, and of the depth, as those that are there."""
         name = str(name or "").strip()
         with self._shown():
             if not files:
@@ -100,7 +107,7 @@ class Page:
             if known:
                 bank = self.inferencer.add(name, list(files))
             else:
-                bank = self.inferencer.enroll(name, list(files), rotations=rotations)
+                bank = self.inferencer.enroll(name, list(files), rotations=rotations, bit_depth=bit_depth)
         self.uploads.forget(files)
         done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
         if bank.rotations > 1:

@@ -25,6 +25,7 @@ from anomalib_resad.deploy.guard import EVERYWHERE, checked_token, guards
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
 from anomalib_resad.deploy.uploads import Uploads
+from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import EXTENSIONS
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
 
@@ -34,6 +35,7 @@ CHOICES: list[tuple[str, Rotations]] = [
     ("any way round", ORIENTATIONS),
     ("always as in the photos", 1),
 ]
+DEPTHS: list[tuple[str, BitDepth]] = [("what the files say", "auto"), *((str(bits), bits) for bits in (10, 12, 14, 16))]
 SEVERAL: dict[str, Any] = {"file_count": "multiple", "file_types": sorted(EXTENSIONS), "type": "filepath"}
 PORTS = range(7860, 7960)
 _MOVE = Block.async_move_resource_to_block_cache
@@ -48,7 +50,7 @@ def build(page: Page) -> gr.Blocks:
         with gr.Tab("Inspect") as inspecting, gr.Row():
             product, photo, inspect, picture, verdict, threshold, keep = _inspect_tab(page)
         with gr.Tab("Products") as managing, gr.Row():
-            name, files, rotations, enroll, remove, message, table = _products_tab(page)
+            name, *of_photos, enroll, remove, message, table = _products_tab(page)
         # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
         raw: dict[str, Any] = {"preprocess": False}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
@@ -74,7 +76,7 @@ def build(page: Page) -> gr.Blocks:
             api_name="keep_threshold",
             **raw,
         )
-        for each in _enrolling(page, name, files, rotations, enroll, remove, [message, table, product], raw):
+        for each in _enrolling(page, name, of_photos, enroll, remove, [message, table, product], raw):
             each.success(page.clear, found, shown, **quiet)
     return blocks
 
@@ -82,8 +84,7 @@ def build(page: Page) -> gr.Blocks:
 def _enrolling(
     page: Page,
     name: gr.Textbox,
-    files: gr.File,
-    rotations: gr.Radio,
+    of_photos: list[Any],
     enroll: gr.Button,
     remove: gr.Button,
     told: list[Any],
@@ -94,7 +95,7 @@ def _enrolling(
     enrolling = page.in_place(page.enroll, [*refused, gr.skip()])
     removing = page.in_place(page.remove, refused)
     return [
-        enroll.click(enrolling, [name, files, rotations], [*told, files], api_name="enroll", **raw),
+        enroll.click(enrolling, [name, *of_photos], [*told, of_photos[0]], api_name="enroll", **raw),
         remove.click(removing, name, told, api_name="remove", **raw),
     ]
 
@@ -130,6 +131,7 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
             label="How the product lies",
             elem_id="rotations",
         )
+        bit_depth = gr.Dropdown(DEPTHS, value="auto", label="Bits of a channel, if more than 8", elem_id="bit_depth")
         enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
         remove = gr.Button("Remove this product", variant="stop")
         message = gr.Markdown(elem_id="message")
@@ -140,7 +142,7 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
         label="Enrolled",
         elem_id="table",
     )
-    return name, files, rotations, enroll, remove, message, table
+    return name, files, rotations, bit_depth, enroll, remove, message, table
 
 
 def _move_uploads_alone(block: Block, path: str | Path | None) -> Coroutine[Any, Any, str | None]:
@@ -243,7 +245,7 @@ def launch(
 def _listening(host: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for each in PORTS if port is None else [port]:
-        with suppress(OSError):
+        with suppress(OSError, OverflowError):  # the latter for what is no port
             return socket.create_server((host.strip("[]"), each), family=family)
     msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
     raise OSError(msg)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 BitDepth: TypeAlias = int | Literal["auto"]
 
@@ -44,6 +44,13 @@ AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 class PhotoError(ValueError):
     """A photo cannot be used; the message says why."""
+
+
+def unreadable(error: Exception) -> PhotoError:
+    """What to say of a file that no decoder takes, whatever it raised."""
+    unknown = isinstance(error, UnidentifiedImageError)  # which names an object of Python's
+    why = f"none of the formats {', '.join(FORMATS)}" if unknown else str(error) or type(error).__name__
+    return PhotoError(f"unreadable ({why})")
 
 
 @dataclass(frozen=True)
@@ -234,8 +241,7 @@ def decode_photo(photo: bytes | Image.Image, bit_depth: BitDepth) -> tuple[np.nd
     except PhotoError:
         raise
     except Exception as error:
-        msg = f"unreadable ({error or type(error).__name__})"
-        raise PhotoError(msg) from error
+        raise unreadable(error) from error
     return np.ascontiguousarray(AS_STORED.get(header.turned, np.asarray)(pixels)), depth
 
 

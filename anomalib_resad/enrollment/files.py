@@ -25,15 +25,31 @@ def content_hash(path: Path | str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files of a folder and of the folders in it, sorted; linked folders too, each folder once."""
+    root, seen, found = Path(os.path.realpath(folder)), set[Path](), list[Path]()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = Path(os.path.realpath(parent))
+        if real in seen or real in root.parents:  # a link that goes in circles
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        found += [Path(parent, name) for name in names]
+    return sorted(found)
+
+
 def earlier_maps(folder: Path) -> set[Path]:
-    """Folders of maps that `resad predict` wrote below a folder: pictures, but none of the user's photos."""
+    """Folders of maps that `resad predict` wrote in or around a folder: pictures, but none of the user's photos."""
 
     def is_ours(table: Path) -> bool:
         with suppress(OSError), table.open("rb") as file:
             return file.read(200).decode("utf-8-sig", "replace").startswith(HEADER)
         return False
 
-    return {table.parent / MAPS for table in folder.rglob(TABLE) if is_ours(table)}
+    tables = [path for path in files_below(folder) if path.name == TABLE]
+    tables += [parent / TABLE for parent in folder.parents]
+    return {table.parent / MAPS for table in tables if is_ours(table)}
 
 
 def temporary_name(path: Path) -> Path:

@@ -30,12 +30,16 @@ from anomalib_resad.enrollment.decoding import (
     depth_of,
     header_of,
     scaled,
+    unreadable,
 )
-from anomalib_resad.enrollment.files import earlier_maps
+from anomalib_resad.enrollment.files import earlier_maps, files_below
 
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-# Folders of operating systems and storage devices, beside those whose names begin with a dot.
-SYSTEM_FOLDERS = {"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN"}
+# Folders of operating systems and storage devices, in lower case, beside those whose names begin with a dot.
+SYSTEM_FOLDERS = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
+    *("__macosx", "$recycle.bin", "system volume information"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +64,11 @@ def is_photo_file(path: Path) -> bool:
 
 def is_hidden(path: Path) -> bool:
     """Whether a file, or a folder that it is in, is none of the user's photos; the path is relative to their folder."""
-    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
+    return any(part.startswith(".") or part.lower() in SYSTEM_FOLDERS for part in path.parts)
 
 
 def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The photos of a folder and of the folders in it, sorted by name; a list of files is taken as it is.
+    """The photos of a folder and of the folders in it, linked ones too, sorted by name; a list is taken as it is.
 
     Hidden files and folders are left out, files of other formats, and maps that `resad predict` wrote; one line of the
     log counts them.
@@ -82,14 +86,14 @@ def list_photos(source: str | Path | Iterable[str | Path]) -> list[Path]:
         msg = f"{folder} is neither a photo nor a folder of photos."
         raise FileNotFoundError(msg)
     found, left_out, maps = [], Counter[str](), earlier_maps(folder)
-    for path in sorted(folder.rglob("*")):
+    for path in files_below(folder):
         hidden = is_hidden(path.relative_to(folder))
         if hidden or maps.intersection(path.parents):
             left_out["hidden" if hidden else "maps of earlier results"] += is_photo_file(path)
         elif is_photo_file(path):
             found.append(path)
-        elif path.is_file():
-            left_out[path.suffix.lower() or "without an extension"] += 1
+        else:
+            left_out[(path.suffix.lower() or "without an extension") if path.is_file() else "links to nothing"] += 1
     if left_out.total():
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()) if count)
         logger.warning("%s: files that are no photos were left out: %s.", folder, counts)
@@ -128,8 +132,7 @@ def read_header(path: Path | str) -> Header:
         msg = "no such file"
         raise PhotoError(msg) from None
     except Exception as error:
-        msg = f"unreadable ({error or type(error).__name__})"
-        raise PhotoError(msg) from error
+        raise unreadable(error) from error
 
 
 def is_read_alike(path: Path | str) -> bool:

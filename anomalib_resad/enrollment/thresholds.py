@@ -151,5 +151,10 @@ def _plain(value: float | Sequence[float]) -> float | list[float | None] | None:
 
 def _number(value: float | list[float | None] | None) -> float | tuple[float, ...]:
     if isinstance(value, list):
-        return tuple(math.nan if each is None else float(each) for each in value)
-    return math.nan if value is None else float(value)
+        return tuple(float(_number(each)) for each in value)  # type: ignore[arg-type]
+    if value is None:
+        return math.nan
+    if not is_threshold(value):
+        msg = f"{value} is no finite number below {LARGEST:g}"
+        raise ValueError(msg)
+    return float(value)
