@@ -97,7 +97,7 @@ def test_maps_of_any_earlier_run_are_no_photos(tmp_path: Path, caplog: pytest.Lo
         "lot/maps/c.png",
         "maps/b.png",
     ]
-    assert "2 .csv, 1 maps of earlier results" in caplog.text
+    assert "2 .csv, 1 .jsonl, 1 maps of earlier results" in caplog.text
     for folder in ("monday", "monday/found/maps", "monday/found/maps/lot"):
         with pytest.raises(PhotoError, match="holds no photo"):
             list_photos(tmp_path / folder)
@@ -155,7 +155,7 @@ def test_a_full_disk_ends_the_run_and_keeps_its_rows(
 
     def no_room(path: Path, content: bytes) -> None:
         calls.append(path)
-        if len(calls) == 4:  # the table, and two maps
+        if len(calls) == 5:  # both tables, and two maps
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         write(path, content)
 

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from anomalib_resad.commands.watch import watch
@@ -103,7 +104,7 @@ def watcher(folder: Path, journal: Journal, seen: list[bytes]) -> FolderWatch:
         if not content.startswith(b"photo"):
             msg = "unreadable"
             raise PhotoError(msg)
-        return Prediction(0.25, False, None, 1.5), None  # type: ignore[arg-type]
+        return Prediction(0.25, False, np.zeros((4, 4), np.float32), 1.5), None
 
     return FolderWatch(folder, journal, inspect, lambda *_: None, settle=0.1, patience=0.4)
 

@@ -4,6 +4,7 @@
 
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,16 +12,22 @@ from rich.progress import track
 
 from anomalib_resad.commands.console import explained, say
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.pictures import overlay
+from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.deploy.results import Results, finished
 from anomalib_resad.enrollment.files import TABLE, content_hash
 from anomalib_resad.enrollment.photos import PhotoError, list_photos
 
 
 def predict(
-    bundle: Path, product: str, photos: Path, output: Path, banks: Path | None = None, resume: bool = False
+    bundle: Path,
+    product: str,
+    photos: Path,
+    output: Path,
+    banks: Path | None = None,
+    resume: bool = False,
+    min_area: int = 0,
 ) -> None:
-    """Inspect photos: a map over each (PNG), and a table (results.csv), row by row.
+    """Inspect photos: a map over each with boxes (PNG), a table (results.csv), and regions (results.jsonl).
 
     Files that cannot be read are reported and left out; the command then ends with status 1. Where it is interrupted,
     or the disk is full, the rows so far stay, and it ends with status 2.
@@ -32,7 +39,9 @@ def predict(
         output: Folder for the results.
         banks: Folder of the products' banks, if not in the bundle.
         resume: Keep the rows of an earlier run whose photo, bank and model are the same, and inspect the others.
+        min_area: Fewest pixels of a region, of the photo; smaller ones are left out.
     """
+    check_min_area(min_area)
     inferencer = ResADInferencer(bundle, banks=banks)
     inferencer.bank(product)
     root = photos if photos.is_dir() else photos.parent
@@ -40,7 +49,7 @@ def predict(
 
     def mark_of(name: str) -> str:
         with suppress(OSError):  # inspecting it says so
-            return f"{content_hash(paths[name])} {inferencer.fingerprint(product)}"
+            return f"{content_hash(paths[name])} {inferencer.fingerprint(product)} {min_area}"
         return ""
 
     kept = finished(output, paths, mark_of) if resume else {}
@@ -55,7 +64,8 @@ def predict(
                 except PhotoError as error:
                     results.fail(name, str(error))
                     continue
-                results.add(name, found, overlay(pixels, found.map, stretch=stretch), mark)
+                found = replace(found, min_area=min_area)
+                results.add(name, found, found.picture(pixels, stretch), mark)
         except (KeyboardInterrupt, Exception) as error:
             why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)
             msg = (
@@ -63,7 +73,12 @@ def predict(
                 "Run the command again with --resume to inspect the others."
             )
             raise ValueError(msg) from error
-    say(f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")
+    _tell(results, f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")
+
+
+def _tell(results: Results, text: str) -> None:
+    """Say what was done, and what was not."""
+    say(text)
     for problem in results.problems:
         say(problem)
     if results.problems:

@@ -14,7 +14,6 @@ import numpy as np
 from anomalib_resad.commands.console import say
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.journal import Journal
-from anomalib_resad.deploy.pictures import overlay
 from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.deploy.results import map_of
 from anomalib_resad.deploy.sinks import Sender, mqtt_sink, webhook_sink
@@ -83,6 +82,6 @@ def _keep(output: Path, maps: str, stretch: bool, name: str, found: Prediction, 
     """Write the map of a photo, if it is wanted."""
     if maps == "all" or (maps == "anomalous" and found.label):
         path, content = map_of(output, name), io.BytesIO()
-        overlay(pixels, found.map, stretch=stretch).save(content, "PNG")
+        found.picture(pixels, stretch).save(content, "PNG")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.getvalue())

@@ -9,6 +9,7 @@ from anomalib_resad.deploy.bank import Bank, BankError
 from anomalib_resad.deploy.bundle import BundleError, Manifest, read_manifest
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.prediction import Prediction
+from anomalib_resad.deploy.regions import Region, find_regions
 from anomalib_resad.enrollment.photos import PhotoError, Reference
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "PhotoError",
     "Prediction",
     "Reference",
+    "Region",
     "ResADInferencer",
+    "find_regions",
     "read_manifest",
 ]

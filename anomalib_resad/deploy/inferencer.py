@@ -19,8 +19,9 @@ from anomalib_resad.deploy.runtime import Runtime
 from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos, read_like
-from anomalib_resad.enrollment.references import read_references
+from anomalib_resad.enrollment.references import read_references, size_of
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows
 from anomalib_resad.enrollment.thresholds import normalize
 
@@ -274,16 +275,18 @@ class ResADInferencer:
         """What :meth:`predict` finds, and the pixels that it was found in, uint8, shape ``(H, W, 3)``."""
         bank, rows = self._store.load(product)
         pixels = read_like(photo, bank.bit_depth)
-        return self._judge([self.encode(pixels[None])], bank, rows)[0], pixels
+        return self._judge([(self.encode(pixels[None]), size_of(photo))], bank, rows)[0], pixels
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
         bank, rows = self._store.load(product)
-        encoded = [self.encode(read_like(photo, bank.bit_depth)[None]) for photo in photos]
+        encoded = [(self.encode(read_like(photo, bank.bit_depth)[None]), size_of(photo)) for photo in photos]
         return self._judge(encoded, bank, rows) if encoded else []
 
-    def _judge(self, encoded: list[list[np.ndarray]], bank: Bank, rows: list[np.ndarray]) -> list[Prediction]:
-        features = [np.concatenate(level) for level in zip(*encoded, strict=True)]
+    def _judge(
+        self, encoded: Sequence[tuple[list[np.ndarray], Size]], bank: Bank, rows: list[np.ndarray]
+    ) -> list[Prediction]:
+        features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
         scores, maps = self._run(DETECTOR, [*features, *rows])
         score_scale, map_scale = scales_of(self.manifest, bank)
         above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
@@ -292,6 +295,6 @@ class ResADInferencer:
             msg = f"The model gave scores of NaN or infinity on {self.device}. Export it anew, or use another device."
             raise BundleError(msg)
         return [
-            Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw))
-            for score, anomaly_map, raw in zip(normalized, normalized_maps, scores, strict=True)
+            Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw), size)
+            for score, anomaly_map, raw, (_, size) in zip(normalized, normalized_maps, scores, encoded, strict=True)
         ]

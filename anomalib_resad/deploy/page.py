@@ -15,8 +15,8 @@ from anomalib_resad.deploy.bank import Bank, product_name
 from anomalib_resad.deploy.guard import MOST_FILES
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
-from anomalib_resad.deploy.pictures import overlay, shrunk
-from anomalib_resad.deploy.prediction import scales_of
+from anomalib_resad.deploy.pictures import shrunk
+from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.uploads import Uploads
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.rotations import Rotations
@@ -25,6 +25,7 @@ from anomalib_resad.enrollment.thresholds import denormalize
 EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
 CHANGED = "This product has changed since. Press **Inspect** again."
 REFUSED = "**Refused.**"
+PLACES = 5  # regions that are told in words
 LONGEST_SHOWN = 1600  # pixels of a side of the picture on the page
 
 
@@ -38,6 +39,7 @@ class Inspection:
         score (float): 0 to 1, 0.5 at the product's threshold.
         photo (str): The file that was inspected.
         picture (str): The file of the map over it.
+        places (str): The regions that were found, in words.
     """
 
     product: str
@@ -45,6 +47,18 @@ class Inspection:
     score: float
     photo: str
     picture: str
+    places: str = ""
+
+
+def _places(found: Prediction) -> str:
+    """Where the map lies above its threshold, the loudest places first."""
+    regions = found.regions or ()
+    lines = [
+        f"\n- {each.width} x {each.height} pixels at {each.x}, {each.y}: area {each.area:,}, peak {each.peak:.2f}"
+        for each in regions[:PLACES]
+    ]
+    more = f"\n- and {len(regions) - PLACES} more" if len(regions) > PLACES else ""
+    return "\n" + "".join(lines) + more if lines else ""
 
 
 def _state(bank: Bank) -> tuple[Any, ...]:
@@ -135,10 +149,10 @@ class Page:
             bank = self.inferencer.bank(product)
             found, pixels = self.inferencer.inspect(photo, product)
             stretch = self.inferencer.manifest.map.threshold is None
-            picture = self.uploads.keep(overlay(shrunk(pixels, LONGEST_SHOWN), found.map, stretch=stretch))
+            picture = self.uploads.keep(found.picture(shrunk(pixels, LONGEST_SHOWN), stretch))
         if last is not None:
             self.uploads.forget([last.picture, last.photo if last.photo != photo else None])
-        now = Inspection(product, _state(bank), found.score, photo, picture)
+        now = Inspection(product, _state(bank), found.score, photo, picture, _places(found))
         return picture, now, self.verdict(now, product, threshold)
 
     def verdict(self, last: Inspection | None, product: str | None, threshold: float) -> str:
@@ -151,7 +165,7 @@ class Page:
         except ValueError:
             return CHANGED
         word = "anomalous" if last.score > threshold else "good"
-        return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}"
+        return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}{last.places}"
 
     def clear(self, last: Inspection | None) -> tuple[Any, ...]:
         """Nothing is inspected: no map, no score, the threshold where it is, and no verdict."""

@@ -2,8 +2,24 @@
 
 """Anomaly maps over photos, with numpy and Pillow alone."""
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
+
+BOX = (0, 229, 255)  # of regions: it stands out from the map's red and yellow
+
+
+def resized(anomaly_map: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """A map at another size, float32: bilinear, each side by its own scale, as photos are squeezed into the model.
+
+    Args:
+        anomaly_map (np.ndarray): Map of any size, shape ``(H, W)``.
+        size (Sequence[int]): Height and width.
+    """
+    height, width = size
+    picture = Image.fromarray(np.ascontiguousarray(anomaly_map, dtype=np.float32))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) -> Image.Image:
@@ -17,14 +33,28 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) 
     if stretch:
         low, high = float(anomaly_map.min()), float(anomaly_map.max())
         anomaly_map = (anomaly_map - low) / max(high - low, 1e-6)
-    height, width = pixels.shape[:2]
-    resized = Image.fromarray(anomaly_map.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    value = np.clip(np.asarray(resized), 0, 1)[:, :, None]
+    value = np.clip(resized(anomaly_map, pixels.shape[:2]), 0, 1)[:, :, None]
     strength = 0.8 * np.clip(2 * value - 0.4, 0, 1)
     picture = pixels * (1 - strength)
     for channel, color in enumerate((1.0, np.clip(2 * value[..., 0] - 1, 0, 1))):  # red, and with green yellow
         picture[..., channel] += color * 255 * strength[..., 0]
     return Image.fromarray(picture.astype(np.uint8))
+
+
+def boxed(picture: Image.Image, boxes: Iterable[tuple[float, float, float, float]]) -> Image.Image:
+    """Draw boxes into a picture, around what they hold where there is room.
+
+    Args:
+        picture (Image.Image): The picture, which is changed.
+        boxes (Iterable[tuple[float, float, float, float]]): Left, top, right and bottom edge of each, in its pixels.
+    """
+    line = max(1, round(min(picture.size) / 250))
+    draw = ImageDraw.Draw(picture)
+    for left, top, right, bottom in boxes:
+        start = max(0, round(left) - line), max(0, round(top) - line)
+        end = min(picture.width, round(right) + line) - 1, min(picture.height, round(bottom) + line) - 1
+        draw.rectangle([start, end], outline=BOX, width=line)
+    return picture
 
 
 def shrunk(pixels: np.ndarray, longest: int) -> np.ndarray:

@@ -3,12 +3,18 @@
 """What was found in a photo, and the scales that make it comparable."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.pictures import boxed, overlay, resized
+from anomalib_resad.deploy.regions import Region, bounded, find_regions
 from anomalib_resad.enrollment.thresholds import product_map_threshold
 
 
@@ -21,12 +27,57 @@ class Prediction:
         label (bool | None): Whether it is anomalous; ``None`` where no threshold is known.
         map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input.
         raw_score (float): The score before normalization, which thresholds of products refer to.
+        photo_size (tuple[int, int] | None): Height and width of the photo in pixels; ``None`` for those of the map.
+        min_area (int): Fewest pixels of a region, of the photo.
     """
 
     score: float
     label: bool | None
     map: np.ndarray
     raw_score: float
+    photo_size: tuple[int, int] | None = None
+    min_area: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the photo in pixels."""
+        return self.photo_size or (self.map.shape[0], self.map.shape[1])
+
+    @property
+    def photo_map(self) -> np.ndarray:
+        """The map at the photo's size, float32; of a photo of more than 16 million pixels at so many."""
+        return resized(self.map, bounded(self.size))
+
+    @cached_property
+    def regions(self) -> tuple[Region, ...] | None:
+        """Where the map lies above its threshold, the highest peak first; ``None`` where no threshold is known.
+
+        For other limits see :func:`~anomalib_resad.deploy.regions.find_regions`.
+        """
+        return None if self.label is None else find_regions(self.map, self.size, self.min_area)
+
+    def where(self) -> dict[str, Any]:
+        """Size of the photo and its regions, for JSON."""
+        regions = None if self.regions is None else [_rounded(asdict(each)) for each in self.regions]
+        return {"size": {"width": self.size[1], "height": self.size[0]}, "regions": regions}
+
+    def picture(self, pixels: np.ndarray, stretch: bool = False) -> Image.Image:
+        """The map over its photo, and boxes around the regions.
+
+        Args:
+            pixels (np.ndarray): The photo at the size of the picture, uint8, shape ``(H, W, 3)``.
+            stretch (bool): As of :func:`~anomalib_resad.deploy.pictures.overlay`.
+        """
+        high, wide = pixels.shape[0] / self.size[0], pixels.shape[1] / self.size[1]
+        boxes = (
+            (each.x * wide, each.y * high, (each.x + each.width) * wide, (each.y + each.height) * high)
+            for each in self.regions or ()
+        )
+        return boxed(overlay(pixels, self.map, stretch), boxes)
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
 
 
 def scales_of(manifest: Manifest, bank: Bank) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:

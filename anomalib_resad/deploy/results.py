@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Results of a folder of photos: a map over each, and a table whose rows are on the disk as soon as they are known."""
+"""Results of a folder of photos: a map over each, and a table whose rows are on the disk as soon as they are known.
+
+The same rows stand in a file of JSON lines, with the regions that were found.
+"""
 
 import csv
 import errno
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeAlias
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from anomalib_resad.deploy.prediction import Prediction
-from anomalib_resad.enrollment.files import HEADER, MAPS, TABLE, remove_stale, write_whole
+from anomalib_resad.enrollment.files import HEADER, LINES, MAPS, TABLE, remove_stale, write_whole
 
+Row: TypeAlias = tuple[Sequence[str], str]  # of one photo: in the table, and as JSON
 MARK = "resad"  # the entry of a map that holds its mark
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take a text for
 # Of files whose names cannot be written; others than these end a run: a full disk, a folder that is read only.
@@ -27,7 +34,7 @@ def map_of(folder: Path, name: str) -> Path:
     return folder / MAPS / f"{name}.png"
 
 
-def finished(folder: Path, names: Iterable[str], mark_of: Callable[[str], str]) -> dict[str, list[str]]:
+def finished(folder: Path, names: Iterable[str], mark_of: Callable[[str], str]) -> dict[str, Row]:
     """Rows of an earlier run that still hold: without an error, and with a map that has the mark.
 
     Args:
@@ -36,14 +43,18 @@ def finished(folder: Path, names: Iterable[str], mark_of: Callable[[str], str]) 
         mark_of (Callable[[str], str]): A photo's mark now, which tells its content, its bank and its model.
 
     Returns:
-        dict[str, list[str]]: The rows, by the names of the photos.
+        dict[str, Row]: The rows, by the names of the photos.
     """
-    path = folder / TABLE
+    path, objects = folder / TABLE, _objects(folder / LINES)
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = {row[0]: row for row in csv.reader(file) if len(row) == len(HEADER.split(",")) and not row[-1]}
-    known = {name: rows[_shown(name)] for name in names if _shown(name) in rows}
+    known = {
+        name: (rows[_shown(name)], objects[_text(name)])
+        for name in names
+        if _shown(name) in rows and _text(name) in objects
+    }
     return {name: row for name, row in known.items() if _mark_in(map_of(folder, name)) == mark_of(name)}
 
 
@@ -52,7 +63,7 @@ class Results:
 
     Args:
         folder (Path): Folder of the results; made if it is not there.
-        kept (Mapping[str, Sequence[str]]): Rows of an earlier run that stay; see :func:`finished`.
+        kept (Mapping[str, Row]): Rows of an earlier run that stay; see :func:`finished`.
 
     Attributes:
         count (int): Rows that were written.
@@ -63,19 +74,20 @@ class Results:
         ValueError: If the folder cannot be written; the table of an earlier run stays then.
     """
 
-    def __init__(self, folder: Path, kept: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(self, folder: Path, kept: Mapping[str, Row] | None = None) -> None:
         self.folder = folder
         self.kept = kept or {}
         self.count, self.failed = len(self.kept), 0
         self.problems: list[str] = []
         self._tidied: set[Path] = set()
-        path = folder / TABLE
+        path, lines = folder / TABLE, folder / LINES
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder)
             begin = f"{HEADER}\n".encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
-            write_whole(path, begin + b"".join(map(_line, self.kept.values())))
-            self._file = path.open("ab", buffering=0)
+            write_whole(path, begin + b"".join(_line(row) for row, _ in self.kept.values()))
+            write_whole(lines, "".join(f"{line}\n" for _, line in self.kept.values()).encode())
+            self._file, self._lines = path.open("ab", buffering=0), lines.open("ab", buffering=0)
         except OSError as error:
             msg = f"{path} cannot be written ({error}). Choose another folder for the results."
             raise ValueError(msg) from error
@@ -89,6 +101,7 @@ class Results:
     ) -> None:
         """Close the table; its rows are there already."""
         self._file.close()
+        self._lines.close()
 
     def add(self, name: str, found: Prediction, picture: Image.Image, mark: str = "") -> None:
         """Write the map of a photo, then its row; if only its name keeps the map from being written, the row says so.
@@ -118,7 +131,13 @@ class Results:
             problem = f"its map cannot be written ({error.strerror})"
             self.problems.append(f"{name}: {problem}")
         label = "" if found.label is None else ("anomalous" if found.label else "good")
-        self._write(name, f"{found.score:.6f}", label, f"{found.raw_score:.6f}", problem)
+        about = {
+            "score": round(found.score, 6),
+            "label": label or None,
+            "raw_score": round(found.raw_score, 6),
+            **found.where(),
+        }
+        self._write([name, f"{found.score:.6f}", label, f"{found.raw_score:.6f}", problem], about)
 
     def fail(self, name: str, error: str) -> None:
         """Write the row of a photo that could not be inspected; a map of an earlier run goes."""
@@ -129,24 +148,45 @@ class Results:
                 raise
         self.failed += 1
         self.problems.append(f"not inspected: {error}")
-        self._write(name, "", "", "", error)
+        self._write([name, "", "", "", error], {})
 
-    def _write(self, name: str, score: str, label: str, raw_score: str, error: str) -> None:
-        """Write a row whole or not at all; every field is quoted, whatever the spreadsheet separates them by."""
-        content = _line([_shown(name), score, label, raw_score, _shown(error)])
-        start = os.fstat(self._file.fileno()).st_size
-        try:
-            while content:  # a disk that is nearly full takes a part of it first
-                content = content[self._file.write(content) :]
-        except OSError:
-            self._file.truncate(start)
-            raise
+    def _write(self, row: Sequence[str], about: Mapping[str, Any]) -> None:
+        """Write a row, first as JSON: what stands in the table stands there too."""
+        name, *_, error = row
+        content = {"photo": _text(name), **about} | ({"error": _text(error)} if error else {})
+        _append(self._lines, (json.dumps(content) + "\n").encode())
+        _append(self._file, _line([_shown(each) for each in row]))
         self.count += 1
 
 
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Append to a file whole or not at all."""
+    start = os.fstat(file.fileno()).st_size
+    try:
+        while content:  # a disk that is nearly full takes a part of it first
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(start)
+        raise
+
+
+def _objects(path: Path) -> dict[str, str]:
+    """Lines of JSON by their photos; what is no whole line, or none of this version, is left out."""
+    found = {}
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError, TypeError, LookupError):
+            found[str(json.loads(line)["photo"])] = line
+    return found
+
+
+def _text(text: str) -> str:
+    """A text with the bytes of names that are no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _shown(text: str) -> str:
-    """A text as it stands in the table: no formula, and with the bytes of names that are no text."""
-    shown = text.encode(errors="backslashreplace").decode()
+    """A text as it stands in the table: no formula."""
+    shown = _text(text)
     return f"'{shown}" if shown.startswith(FORMULA) else shown
 
 

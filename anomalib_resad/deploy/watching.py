@@ -150,4 +150,4 @@ def _row(name: str, digest: str, found: Prediction | None = None) -> dict[str, A
         "label": label,
         "raw_score": None if found is None else found.raw_score,
         "error": None,
-    }
+    } | ({} if found is None else found.where())

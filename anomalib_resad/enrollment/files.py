@@ -16,7 +16,7 @@ PART = ".part"  # ends the name of a file or a folder that is being written
 STALE_SECONDS = 24 * 3600  # what nobody wrote to for so long is of a writer that was killed
 
 
-TABLE, MAPS = "results.csv", "maps"  # what `resad predict` writes into a folder
+TABLE, LINES, MAPS = "results.csv", "results.jsonl", "maps"  # what `resad predict` writes into a folder
 HEADER = "photo,score,label,raw_score,error"  # of the table
 
 

@@ -2,14 +2,16 @@
 
 """The good photos that a bank is made of: checked all together, then decoded one at a time."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+from PIL import Image
 
-from anomalib_resad.enrollment.decoding import BitDepth, check_same_depth
+from anomalib_resad.enrollment.decoding import FORMATS, HEAD, BitDepth, check_same_depth, header_of
 from anomalib_resad.enrollment.image_size import Size
-from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, identify, refuse
+from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, identify, read_header, refuse
 
 
 class References(Mapping[Reference, np.ndarray]):
@@ -89,3 +91,17 @@ def read_references(photos: Iterable[Photo], bit_depth: BitDepth = "auto") -> Re
         check_same_depth(depth, bit_depth)
     readers = {each: partial(_read_again, read[each], each, depth) for each in by_content(read)}
     return References(readers, depth, [sizes[each] for each in readers])
+
+
+def size_of(photo: Photo) -> Size:
+    """Height and width of a photo as it is stored; its pixels are fewer where it was made smaller to be read.
+
+    Raises:
+        PhotoError: If it cannot be a photo.
+    """
+    if isinstance(photo, np.ndarray):
+        return photo.shape[0], photo.shape[1]
+    if isinstance(photo, bytes):
+        with Image.open(io.BytesIO(photo), formats=FORMATS) as image:
+            return header_of(image, photo[:HEAD]).stored
+    return (header_of(photo, b"") if isinstance(photo, Image.Image) else read_header(photo)).stored
