@@ -36,10 +36,8 @@ from anomalib_resad.enrollment.files import earlier_maps, files_below
 
 EXTENSIONS = {".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 # Folders of operating systems and storage devices, in lower case, beside those whose names begin with a dot.
-SYSTEM_FOLDERS = {
-    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "lost+found"),
-    *("__macosx", "$recycle.bin", "system volume information"),
-}
+SYSTEM_FOLDERS = {"@eadir", "#recycle", "#snapshot", "@recycle", "lost+found", "__macosx", "$recycle.bin"}
+SYSTEM_FOLDERS |= {"system volume information"}
 
 logger = logging.getLogger(__name__)
 
