@@ -89,7 +89,7 @@ def test_the_wheel_requires_no_torch(wheel: Path) -> None:
     (extra,) = re.findall(r"^edge = (\[.*?\])$", (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     plain = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
     assert sorted(map(str, map(Requirement, plain))) == sorted(map(str, map(Requirement, ast.literal_eval(extra))))
-    extras = ("edge", "mqtt", "serve")
+    extras = ("api", "edge", "mqtt", "serve")
     assert set(metadata.get_all("Provides-Extra", [])) == set(extras), "of the whole one, as documents name them"
     for extra in extras:
         brought = closure(metadata, extra)
@@ -153,4 +153,7 @@ def test_enroll_and_predict_where_nothing_else_is(
 
 def page_s() -> set[str]:
     """Modules of the page, which needs the extra [serve]."""
-    return {f"anomalib_resad.deploy.{name}" for name in ("guard", "page", "serve", "uploads")}
+    return {
+        f"anomalib_resad.deploy.{name}"
+        for name in ("api", "guard", "metrics", "page", "serve", "service", "turns", "uploads")
+    }

@@ -22,10 +22,11 @@ from anomalib_resad.deploy.messages import as_markdown, printable, without_folde
 gradio = pytest.importorskip("gradio", reason="the extra [serve] is not installed")
 testclient = pytest.importorskip("starlette.testclient")
 
-from anomalib_resad.deploy import serve as serving  # noqa: E402
+from anomalib_resad.deploy import service as serving  # noqa: E402
 from anomalib_resad.deploy.guard import MOST_FILES, checked_token, guards, is_loopback  # noqa: E402
 from anomalib_resad.deploy.page import CHANGED, EMPTY, LONGEST_SHOWN, REFUSED, Page  # noqa: E402
-from anomalib_resad.deploy.serve import application, launch  # noqa: E402
+from anomalib_resad.deploy.serve import application  # noqa: E402
+from anomalib_resad.deploy.service import launch  # noqa: E402
 from anomalib_resad.deploy.uploads import KEPT_SECONDS, MOST_KEPT, Uploads  # noqa: E402
 
 HOME = "http://127.0.0.1:7860"

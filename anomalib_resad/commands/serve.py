@@ -18,8 +18,9 @@ def serve(
     token: str | None = None,
     max_upload_mb: int = 30,
     max_total_mb: int = 200,
+    page: bool = True,
 ) -> None:
-    """Open a web page to enroll products and inspect photos.
+    """Open a web page to enroll products and inspect photos, and a REST API beside it.
 
     Args:
         bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
@@ -32,13 +33,16 @@ def serve(
             RESAD_TOKEN; where others can reach the page, one is made and printed.
         max_upload_mb: Largest file that is accepted.
         max_total_mb: Largest request, of up to 20 files.
+        page: Serve the page; without it the API alone, which does not need Gradio.
     """
-    try:
-        from anomalib_resad.deploy.serve import launch  # noqa: PLC0415  # Gradio is an extra
-    except ModuleNotFoundError as error:
-        msg = f"The page needs {error.name}: pip install gradio, or the extra [serve]."
-        raise ValueError(msg) from error
-
     hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else (allowed_hosts or [])
     token = token or os.environ.get("RESAD_TOKEN")
-    launch(ResADInferencer(bundle, banks=banks), say, host, port, hosts, token, max_upload_mb, max_total_mb)
+    try:
+        from anomalib_resad.deploy.service import launch  # noqa: PLC0415  # an extra
+
+        inferencer = ResADInferencer(bundle, banks=banks)
+        launch(inferencer, say, host, port, hosts, token, max_upload_mb, max_total_mb, page)
+    except ModuleNotFoundError as error:
+        extra = "serve] for the page, [api" if page else "api"
+        msg = f"The server needs {error.name}: install the extra [{extra}]" + (" for --page false." if page else ".")
+        raise ValueError(msg) from error

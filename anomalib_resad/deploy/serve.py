@@ -8,20 +8,16 @@ of the banks.
 """
 
 import os
-import socket
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
-import uvicorn
 from fastapi import FastAPI
 from gradio.blocks import Block
 from gradio.utils import get_upload_folder
 
-from anomalib_resad.deploy.guard import EVERYWHERE, checked_token, guards
+from anomalib_resad.deploy import api
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
 from anomalib_resad.deploy.uploads import Uploads
@@ -37,7 +33,6 @@ CHOICES: list[tuple[str, Rotations]] = [
 ]
 DEPTHS: list[tuple[str, BitDepth]] = [("what the files say", "auto"), *((str(bits), bits) for bits in (10, 12, 14, 16))]
 SEVERAL: dict[str, Any] = {"file_count": "multiple", "file_types": sorted(EXTENSIONS), "type": "filepath"}
-PORTS = range(7860, 7960)
 _MOVE = Block.async_move_resource_to_block_cache
 REQUESTS_KEPT = 4  # as many of the largest requests fit on the disk
 
@@ -162,7 +157,7 @@ def application(
     max_upload_mb: int = 30,
     max_total_mb: int = 200,
 ) -> FastAPI:
-    """The page behind its guards; what is uploaded comes into Gradio's folder (``GRADIO_TEMP_DIR``).
+    """The page and the API behind their guards; what is uploaded comes into Gradio's folder (``GRADIO_TEMP_DIR``).
 
     Args:
         inferencer (ResADInferencer): The model and its products.
@@ -175,17 +170,12 @@ def application(
     Raises:
         ValueError: If a host or a limit is impossible.
     """
-    if max_upload_mb < 1 or max_total_mb < 1:
-        msg = f"max_upload_mb={max_upload_mb} and max_total_mb={max_total_mb} must be at least 1."
-        raise ValueError(msg)
     largest = max_total_mb * 1_000_000
     uploads = Uploads(Path(get_upload_folder()), REQUESTS_KEPT * largest)
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # or photos stay in the browser
     Block.async_move_resource_to_block_cache = _move_uploads_alone  # type: ignore[method-assign, assignment]
     blocks = build(Page(inferencer, uploads)).queue(default_concurrency_limit=2, max_size=32, api_open=False)
-    app = FastAPI(
-        openapi_url=None, middleware=guards(host, allowed_hosts, token, most_bytes=largest, tidy=uploads.tidy)
-    )
+    app = api.application(inferencer, host, allowed_hosts, token, max_upload_mb, max_total_mb, uploads.tidy)
     return gr.mount_gradio_app(
         app,
         blocks,
@@ -196,56 +186,3 @@ def application(
         ssr_mode=False,
         theme=gr.themes.Default(font=FONT, font_mono=["monospace"]),
     )
-
-
-def launch(
-    inferencer: ResADInferencer,
-    say: Callable[[str], object],
-    host: str,
-    port: int | None,
-    allowed_hosts: Sequence[str],
-    token: str | None,
-    max_upload_mb: int,
-    max_total_mb: int,
-) -> None:
-    """Serve the page until it is interrupted.
-
-    Args:
-        inferencer (ResADInferencer): The model and its products.
-        say (Callable[[str], object]): Prints a line.
-        host (str): Address to listen on.
-        port (int | None): Port; ``None`` for the first free one.
-        allowed_hosts (Sequence[str]): Further names under which the page is opened.
-        token (str | None): What clients must know; ``None`` makes one where others can reach the page.
-        max_upload_mb (int): Largest file.
-        max_total_mb (int): Largest request.
-
-    Raises:
-        ValueError: If an argument is impossible.
-        OSError: If the port is taken.
-    """
-    needed = checked_token(host, token)
-    parent = os.environ.get("GRADIO_TEMP_DIR")
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="resad-", dir=parent) as folder, _listening(host, port) as listening:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        app = application(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb)
-        name = "localhost" if host in EVERYWHERE else (f"[{host}]" if ":" in host else host)
-        say(f"The page: http://{name}:{listening.getsockname()[1]} (Ctrl+C ends it)")
-        if host in EVERYWHERE and not allowed_hosts:
-            say("It is served as localhost alone; name the other addresses that it is opened under: --allowed_hosts.")
-        if needed is not None and token is None:
-            say(f"It asks for a password, which is this token, of any user: {needed}")
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
-        with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listening])
-
-
-def _listening(host: str, port: int | None) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for each in PORTS if port is None else [port]:
-        with suppress(OSError, OverflowError):  # the latter for what is no port
-            return socket.create_server((host.strip("[]"), each), family=family)
-    msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
-    raise OSError(msg)

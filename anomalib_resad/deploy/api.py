@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The REST API: products, photos, thresholds, inspection, health, and figures for Prometheus.
+
+It stands behind the guards of :mod:`~anomalib_resad.deploy.guard`, beside the page or without it.
+"""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Body, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi.responses import JSONResponse
+from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.middleware import Middleware
+
+from anomalib_resad.deploy.bank import Bank, BankError, product_name
+from anomalib_resad.deploy.bundle import BundleError
+from anomalib_resad.deploy.guard import guards
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.messages import printable, without_folders
+from anomalib_resad.deploy.metrics import Measured, Metrics
+from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.turns import Turns
+from anomalib_resad.enrollment.photos import PhotoError
+from anomalib_resad.enrollment.rotations import ORIENTATIONS
+from anomalib_resad.version import __version__
+
+MAPS = Literal["none", "overlay", "gray"]
+
+
+class Api:
+    """What the API does.
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        metrics (Metrics): Figures for Prometheus.
+        max_upload_mb (int): Largest photo.
+    """
+
+    def __init__(self, inferencer: ResADInferencer, metrics: Metrics, max_upload_mb: int) -> None:
+        self.inferencer, self.metrics, self.max_upload_mb = inferencer, metrics, max_upload_mb
+        self.turns = Turns(metrics)
+
+    def router(self) -> APIRouter:
+        """The addresses. What computes runs in threads, so that the state is told while it does."""
+        router = APIRouter()
+        router.get("/v1/health")(self.health)
+        router.get("/v1/ready")(self.ready)
+        router.get("/v1/version")(self.version)
+        router.get("/metrics", include_in_schema=False)(self.figures)
+        router.get("/v1/products")(self.products)
+        router.get("/v1/products/{name}")(self.product)
+        router.post("/v1/products/{name}", status_code=201)(self.enroll)
+        router.delete("/v1/products/{name}", status_code=204)(self.remove)
+        router.post("/v1/products/{name}/photos")(self.add)
+        router.put("/v1/products/{name}/threshold")(self.set_threshold)
+        router.post("/v1/products/{name}/inspect")(self.inspect)
+        return router
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    async def health(self) -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    def ready(self) -> dict[str, str]:
+        """Whether the model can be used; 503 if its bundle was replaced or removed."""
+        for name in self.inferencer.products[:1]:
+            with suppress(BankError):  # of this product alone
+                self.inferencer.bank(name)
+        return {"status": "ready"}
+
+    async def version(self) -> dict[str, str]:
+        """Of the package, and the model: scores of equal ones can be compared."""
+        manifest = self.inferencer.manifest
+        return {"version": __version__, "model": manifest.model, "precision": str(manifest.precision)}
+
+    def figures(self) -> Response:
+        """Figures for Prometheus."""
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def products(self) -> list[dict[str, Any]]:
+        """All products; those whose bank cannot be used have an `error`."""
+        return [self._described(name) for name in self.inferencer.products]
+
+    def _described(self, name: str) -> dict[str, Any]:
+        try:
+            return self._about(self.inferencer.bank(name))
+        except ValueError as error:
+            return {"product": name, "error": public(self.inferencer, error)}
+
+    def product(self, name: str) -> dict[str, Any]:
+        """One product: its photos, and its threshold of the raw score."""
+        return self._about(self.inferencer.bank(self._known(name)))
+
+    def enroll(
+        self,
+        name: str,
+        photos: Annotated[list[UploadFile], File()],
+        rotations: Annotated[Literal["1", "8", "auto"] | None, Form()] = None,
+        threshold: Annotated[float | None, Form()] = None,
+        replace: Annotated[bool, Form()] = False,
+    ) -> dict[str, Any]:
+        """Enroll a product from good photos; 409 if it is there, and not to be replaced."""
+        name = product_name(name)
+        if name in self.inferencer.products and not replace:
+            raise HTTPException(409, f"{name!r} is enrolled already. Add photos to it, or replace it (replace=true).")
+        turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[rotations]
+        with self.turns.turn(), self._files(photos) as files:
+            return self._about(self.inferencer.enroll(name, files, threshold, None, replace, turned))
+
+    def add(self, name: str, photos: Annotated[list[UploadFile], File()]) -> dict[str, Any]:
+        """Add good photos to a product."""
+        name = self._known(name)
+        with self.turns.turn(), self._files(photos) as files:
+            return self._about(self.inferencer.add(name, files))
+
+    def remove(self, name: str) -> Response:
+        """Remove a product."""
+        self.inferencer.remove(self._known(name))
+        return Response(status_code=204)
+
+    def set_threshold(
+        self, name: str, threshold: Annotated[float | None, Body(embed=True, allow_inf_nan=False)]
+    ) -> dict[str, Any]:
+        """Give a product its own threshold of the raw score, or with `null` the model's again."""
+        return self._about(self.inferencer.set_threshold(self._known(name), threshold))
+
+    # -- inspection ---------------------------------------------------------------------------------------------------
+
+    def inspect(self, name: str, photos: Annotated[list[UploadFile], File()], map: MAPS = "none") -> dict[str, Any]:  # noqa: A002
+        """Inspect photos. `map` asks for a PNG of each, in base64: over the photo, or gray (255 for 1)."""
+        name = self._known(name)
+        contents = [self._content(each) for each in photos]
+        with self.turns.turn():
+            results = [
+                self._inspected(name, each, content, map) for each, content in zip(photos, contents, strict=True)
+            ]
+        return {"product": name, "threshold": self._threshold(self.inferencer.bank(name)), "results": results}
+
+    def _inspected(self, name: str, photo: UploadFile, content: bytes, picture: MAPS) -> dict[str, Any]:
+        try:
+            found, pixels = self.inferencer.inspect(content, name)
+        except PhotoError as error:
+            return {"photo": photo.filename, "error": public(self.inferencer, error)}
+        self.metrics.count(name, found)
+        label = None if found.label is None else ("anomalous" if found.label else "good")
+        result: dict[str, Any] = {
+            "photo": photo.filename,
+            "score": found.score,
+            "raw_score": found.raw_score,
+            "label": label,
+        }
+        result["regions"] = None if found.regions is None else [asdict(each) for each in found.regions]
+        return result if picture == "none" else result | {"map": self._map(found, pixels, picture)}
+
+    def _map(self, found: Prediction, pixels: np.ndarray, picture: MAPS) -> str:
+        content = io.BytesIO()
+        if picture == "gray":
+            drawn = Image.fromarray(np.round(np.clip(found.map, 0, 1) * 255).astype(np.uint8))
+        else:
+            drawn = found.picture(pixels, self.inferencer.manifest.map.threshold is None)
+        drawn.save(content, "PNG")
+        return base64.b64encode(content.getvalue()).decode()
+
+    # -- photos and names ---------------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> str:
+        name = product_name(name)
+        if name not in self.inferencer.products:
+            raise HTTPException(404, f"{name!r} is not enrolled.")
+        return name
+
+    def _about(self, bank: Bank) -> dict[str, Any]:
+        photos = [{"name": each.name, "sha256": each.sha256} for each in bank.references]
+        return {
+            "product": bank.product,
+            "photos": photos,
+            "rotations": bank.rotations,
+            "bit_depth": bank.bit_depth,
+            "threshold": self._threshold(bank),
+            "own_threshold": bank.threshold is not None,
+        }
+
+    def _threshold(self, bank: Bank) -> float | None:
+        """On the scale of the raw score; ``None`` where the model has none."""
+        threshold = float(scales_of(self.inferencer.manifest, bank)[0][0])
+        return None if np.isnan(threshold) else threshold
+
+    def _content(self, photo: UploadFile) -> bytes:
+        content = photo.file.read(self.max_upload_mb * 1_000_000 + 1)
+        if len(content) > self.max_upload_mb * 1_000_000:
+            raise HTTPException(413, f"{photo.filename!r} is larger than {self.max_upload_mb} MB.")
+        return content
+
+    @contextmanager
+    def _files(self, photos: Sequence[UploadFile]) -> Iterator[list[Path]]:
+        """The photos as files, whose names are kept with the product."""
+        with TemporaryDirectory(prefix="resad-") as folder:
+            paths = []
+            for index, photo in enumerate(photos):
+                name = re.sub(r"[^\w. ()+-]", "_", re.split(r"[/\\]", photo.filename or "")[-1])[-50:].strip(" .")
+                path = Path(folder) / str(index) / (name or "photo")
+                path.parent.mkdir()
+                path.write_bytes(self._content(photo))
+                paths.append(path)
+            yield paths
+
+
+def public(inferencer: ResADInferencer, error: Exception) -> str:
+    """An error's text, without the server's folders."""
+    return printable(without_folders(str(error), (inferencer.banks, inferencer.bundle)))
+
+
+def application(
+    inferencer: ResADInferencer,
+    host: str = "127.0.0.1",
+    allowed_hosts: Sequence[str] = (),
+    token: str | None = None,
+    max_upload_mb: int = 30,
+    max_total_mb: int = 200,
+    tidy: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """The API behind its guards.
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        host (str): Address that is listened on.
+        allowed_hosts (Sequence[str]): Further names under which it is opened.
+        token (str | None): What clients must know; ``None`` for nothing.
+        max_upload_mb (int): Largest file.
+        max_total_mb (int): Largest request.
+        tidy (Callable[[], None]): Run before each request that may leave files.
+
+    Raises:
+        ValueError: If a host or a limit is impossible.
+    """
+    if max_upload_mb < 1 or max_total_mb < 1:
+        msg = f"max_upload_mb={max_upload_mb} and max_total_mb={max_total_mb} must be at least 1."
+        raise ValueError(msg)
+    metrics = Metrics()
+    stack = guards(host, allowed_hosts, token, most_bytes=max_total_mb * 1_000_000, tidy=tidy)
+    app = FastAPI(
+        title="ResAD",
+        version=__version__,
+        openapi_url="/v1/openapi.json",
+        docs_url=None,  # their scripts come from another server
+        redoc_url=None,
+        middleware=[Middleware(Measured, metrics=metrics), *stack],
+    )
+    app.include_router(Api(inferencer, metrics, max_upload_mb).router())
+
+    def refused(_: Request, error: Exception) -> JSONResponse:
+        status = 503 if isinstance(error, BankError | BundleError | OSError) else 422
+        return JSONResponse({"detail": public(inferencer, error)}, status)
+
+    for kind in (ValueError, OSError):
+        app.add_exception_handler(kind, refused)
+    return app

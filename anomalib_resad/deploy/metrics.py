@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""What Prometheus reads of the service."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from anomalib_resad.deploy.prediction import Prediction
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # of the latency's histogram
+
+
+class Metrics:
+    """Figures of one application; names of products are labels, of which there are as many as products."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "resad_requests", "Requests to the API", ["method", "route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "resad_request_seconds", "Seconds of a request", ["route"], buckets=SECONDS, registry=self.registry
+        )
+        self.queue = Gauge("resad_queue", "Requests that wait for the model, or use it", registry=self.registry)
+        self.alarms = Counter("resad_alarms", "Photos that were found anomalous", ["product"], registry=self.registry)
+        self.scores = Summary(
+            "resad_score", "Scores of photos, 0 to 1; sum by count is the mean", ["product"], registry=self.registry
+        )
+        self.good = Summary(
+            "resad_good_score", "The same of those that were found good", ["product"], registry=self.registry
+        )
+
+    def count(self, product: str, found: Prediction) -> None:
+        """Count a photo that was inspected."""
+        self.scores.labels(product).observe(found.score)
+        if found.label:
+            self.alarms.labels(product).inc()
+        elif found.label is not None:
+            self.good.labels(product).observe(found.score)
+
+
+class Measured:
+    """Counts requests to the API and their time, also those that are refused.
+
+    Args:
+        app (ASGIApp): The application.
+        metrics (Metrics): Where they are counted.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        status, start = 500, time.perf_counter()
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "none")  # its pattern: paths would be a label without an end
+            self.metrics.requests.labels(scope["method"], route, status).inc()
+            self.metrics.seconds.labels(route).observe(time.perf_counter() - start)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The server's process: its socket, its token, and its end. The page is a part that can be left out."""
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvicorn
+from fastapi import FastAPI
+
+from anomalib_resad.deploy import api
+from anomalib_resad.deploy.guard import EVERYWHERE, checked_token
+from anomalib_resad.deploy.inferencer import ResADInferencer
+
+PORTS = range(7860, 7960)
+
+
+def launch(
+    inferencer: ResADInferencer,
+    say: Callable[[str], object],
+    host: str,
+    port: int | None,
+    allowed_hosts: Sequence[str],
+    token: str | None,
+    max_upload_mb: int,
+    max_total_mb: int,
+    page: bool = True,
+) -> None:
+    """Serve the API, and the page, until it is interrupted.
+
+    Args:
+        inferencer (ResADInferencer): The model and its products.
+        say (Callable[[str], object]): Prints a line.
+        host (str): Address to listen on.
+        port (int | None): Port; ``None`` for the first free one.
+        allowed_hosts (Sequence[str]): Further names under which the page is opened.
+        token (str | None): What clients must know; ``None`` makes one where others can reach the page.
+        max_upload_mb (int): Largest file.
+        max_total_mb (int): Largest request.
+        page (bool): Serve the page, too, which needs Gradio.
+
+    Raises:
+        ValueError: If an argument is impossible.
+        OSError: If the port is taken.
+    """
+    needed = checked_token(host, token)
+    parent = os.environ.get("GRADIO_TEMP_DIR")
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="resad-", dir=parent) as folder, _listening(host, port) as listening:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        app = _maker(page)(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb)
+        name = "localhost" if host in EVERYWHERE else (f"[{host}]" if ":" in host else host)
+        say(f"{'The page' if page else 'The API'}: http://{name}:{listening.getsockname()[1]} (Ctrl+C ends it)")
+        if host in EVERYWHERE and not allowed_hosts:
+            say("It is served as localhost alone; name the other addresses that it is opened under: --allowed_hosts.")
+        if needed is not None and token is None:
+            say(f"It asks for a password, which is this token, of any user: {needed}")
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run([listening])
+
+
+def _maker(page: bool) -> Callable[..., FastAPI]:
+    if not page:
+        return api.application
+    from anomalib_resad.deploy.serve import application  # noqa: PLC0415  # needs Gradio
+
+    return application
+
+
+def _listening(host: str, port: int | None) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for each in PORTS if port is None else [port]:
+        with suppress(OSError, OverflowError):  # the latter for what is no port
+            return socket.create_server((host.strip("[]"), each), family=family)
+    msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
+    raise OSError(msg)

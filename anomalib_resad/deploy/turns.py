@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A queue that ends: requests take turns with the model, and those that would wait too long are told so."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from fastapi import HTTPException
+
+from anomalib_resad.deploy.metrics import Metrics
+
+RUNNING, WAITING = 2, 16  # requests that use the model, and that wait for it; others are told to come again
+WAIT_SECONDS = 30.0
+
+
+class Turns:
+    """Lets some requests use the model, and some wait.
+
+    Args:
+        metrics (Metrics): Where they are counted.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self._free = threading.BoundedSemaphore(RUNNING)
+        self._lock, self._inside = threading.Lock(), 0
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait for a turn.
+
+        Raises:
+            HTTPException: If too many wait already (429), or it takes too long (503).
+        """
+        with self._lock:
+            if self._inside >= RUNNING + WAITING:
+                raise HTTPException(429, f"{WAITING} requests wait already. Try again.", {"Retry-After": "1"})
+            self._inside += 1
+        try:
+            self.metrics.queue.set(self._inside)
+            if not self._free.acquire(timeout=WAIT_SECONDS):
+                raise HTTPException(503, f"No turn within {WAIT_SECONDS:.0f} s. Try again.", {"Retry-After": "5"})
+            try:
+                yield
+            finally:
+                self._free.release()
+        finally:
+            with self._lock:
+                self._inside -= 1
+                self.metrics.queue.set(self._inside)
