@@ -12,20 +12,24 @@ from rich.markup import escape
 
 from anomalib_resad.commands.bake import bake
 from anomalib_resad.commands.bundle import info, pack, verify
+from anomalib_resad.commands.check import check
 from anomalib_resad.commands.console import explained
 from anomalib_resad.commands.export import export, parity
 from anomalib_resad.commands.predict import predict
 from anomalib_resad.commands.products import enroll, products
 from anomalib_resad.commands.serve import serve
+from anomalib_resad.commands.threshold import threshold
 from anomalib_resad.commands.watch import watch
 from anomalib_resad.deploy.messages import printable
 
-FLAGS = ("--replace", "--resume")
+FLAGS = ("--replace", "--resume", "--add", "--model")
 VERBS: dict[str, Any] = {
     "export": export,
     "enroll": enroll,
     "predict": predict,
     "products": products,
+    "threshold": threshold,
+    "check": check,
     "bake": bake,
     "bundle": {
         "_help": "Pack a bundle into one file, check it, or tell what it is.",

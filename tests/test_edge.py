@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from anomalib_resad import ResAD
 from anomalib_resad.deploy import BankError, BundleError, PhotoError, ResADInferencer
-from anomalib_resad.deploy.bank import Bank, padded
+from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank_rows import padded
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.export.edge_bundle import export_bundle, load_model, model_hash, write_bundle
 from anomalib_resad.export.parity import TorchReference
@@ -284,22 +285,22 @@ def test_the_default_model(
     assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of rotated copies"
     whole = inferencer.bank("tiles").arrays
     assert [len(rows) for rows in whole.values()] == [288, 288]
-    assert [len(rows) for rows in inferencer._store.load("tiles")[1]] == [160, 160], "half of them, a multiple of 32"
-    thin = inferencer.enroll("thin", good[:3], max_patches=50).arrays
-    assert [len(rows) for rows in thin.values()] == [50, 50]
-    for row, key in zip(thin["rows_0"], thin["rows_1"], strict=True):
+    assert [len(rows) for rows in inferencer.searched("tiles")] == [160, 160], "half of them, a multiple of 32"
+    inferencer.enroll("thin", good[:3], max_patches=50)
+    thin, keys = inferencer.searched("thin")
+    assert len(np.unique(keys, axis=0)) == 50
+    for row, key in zip(thin, keys, strict=True):
         places = np.flatnonzero((whole["rows_0"] == row).all(axis=1))
         assert (whole["rows_1"][places] == key).all(axis=1).any()
 
 
-def test_a_thinned_out_bank(inferencer: ResADInferencer, good: list[Path]) -> None:
-    bank = inferencer.enroll("tiles", good[:2], max_patches=50)
-    assert [len(bank.arrays[f"rows_{level}"]) for level in range(3)] == [50, 50, 32]
-    again = inferencer.enroll("again", good[1::-1], max_patches=50)
-    assert all(np.array_equal(bank.arrays[name], again.arrays[name]) for name in bank.arrays)
+def test_a_limit_of_patches(inferencer: ResADInferencer, good: list[Path]) -> None:
+    inferencer.enroll("tiles", good[:2], max_patches=50)
+    inferencer.enroll("again", good[1::-1], max_patches=50)
+    one, other = (inferencer.searched(name) for name in ("tiles", "again"))
+    assert [len(np.unique(rows, axis=0)) for rows in one] == [50, 50, 32]
+    assert all(np.array_equal(rows, others) for rows, others in zip(one, other, strict=True))
     assert 0 < inferencer.predict(good[3], "tiles").score < 1
-    with pytest.raises(ValueError, match="thinned out"):
-        inferencer.add("tiles", good[2:])
     clusters = np.repeat(np.eye(4, dtype=np.float32), 25, axis=0)
     assert len(np.unique(clusters[thin_out(clusters, 4)], axis=0)) == 4, "each cluster keeps a row"
     assert np.array_equal(padded(clusters[:5], 8)[5:], clusters[[0, 0, 0]])

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from anomalib_resad.deploy.bank import ENTRY, Bank, BankError, _checksum, read_bank
+from anomalib_resad.deploy.bank import ENTRY, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank_reading import read_bank
 from anomalib_resad.deploy.bundle import FILES, BundleError, Level, Manifest, Scale, read_bundle
 from anomalib_resad.enrollment.photos import Reference
 
@@ -131,7 +132,7 @@ def test_banks_of_other_metadata(name: str, value: Any, sealed: bool, as_text: b
     metadata: dict[str, Any] = {**TEXTS, "checksum": BANK.checksum, name: json.dumps(value) if as_text else value}
     if sealed:
         content = {key: each for key, each in metadata.items() if key != "checksum"}
-        metadata["checksum"] = _checksum(content, BANK.arrays)
+        metadata["checksum"] = checksum_of(content, BANK.arrays)
     try:
         bank = bank_of(save(BANK.arrays, {ENTRY: json.dumps(metadata)}))
     except BankError:
@@ -153,7 +154,7 @@ def test_banks_of_impossible_rows(level: str, row: int, value: float) -> None:
     rows[row] = value
     arrays = BANK.arrays | {level: rows}
     with pytest.raises(BankError, match="holds NaN, infinity, huge rows or rows of zeros"):
-        bank_of(save(arrays, {ENTRY: json.dumps(TEXTS | {"checksum": _checksum(TEXTS, arrays)})}))
+        bank_of(save(arrays, {ENTRY: json.dumps(TEXTS | {"checksum": checksum_of(TEXTS, arrays)})}))
 
 
 @BOUNDED

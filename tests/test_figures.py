@@ -137,7 +137,7 @@ ON_THE_EDGE = {
 
 def on_the_edge(path: Path, cells: list[str], column: str) -> list[float]:
     result: dict[str, Any] = json.loads(path.read_text())["results"][BACKBONES[column]]
-    if cells[0] == "bank of 1,000 patches, MB":
+    if cells[0] == "rows that are searched with `max_patches=1000`, MB":
         return [each["bank_mb"] for each in result["coreset"] if each["max_patches"] == 1000]
     return [value for key, value in result.items() if re.fullmatch(ON_THE_EDGE[cells[0]], key)]
 

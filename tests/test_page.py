@@ -106,6 +106,22 @@ def test_after_keeping_a_threshold_the_verdict_is_the_models(page: Page, good: l
     assert page.verdict(before, "tiles", 0.5) == CHANGED, "the old score is of another scale"
 
 
+def test_a_threshold_from_the_photos(page: Page, good: list[Path], new: list[Path]) -> None:
+    """For a rate in per cent; the photo is judged anew, and nothing gives the model's back."""
+    assert "the model's threshold" in page.enroll("tiles", [str(path) for path in good[:3]])[0], "as of 0.1.0"
+    before = page.inspect(str(new[0]), "tiles", 0.5)[1]
+    for percent, said in ((10, "for a false-alarm rate of 10 %"), (None, "the model's threshold")):
+        _, _, verdict, _, now = page.calibrate("tiles", percent, before)
+        assert said in verdict
+        assert now.score == page.inferencer.predict(new[0], "tiles").score
+        assert (page.inferencer.bank("tiles").false_alarm_rate or 0) == (percent or 0) / 100
+    for wrong in (0, 100, "high", float("nan")):
+        with pytest.raises(serving.gr.Error):
+            page.calibrate("tiles", wrong)
+    with pytest.raises(serving.gr.Error, match="Choose a product"):
+        page.calibrate(None, 5)
+
+
 def test_a_verdict_is_of_one_product_as_it_was(page: Page, good: list[Path], new: list[Path]) -> None:
     for name in ("tiles", "others"):
         page.enroll(name, [str(path) for path in good[:2]])

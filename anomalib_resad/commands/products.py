@@ -12,6 +12,8 @@ from rich.table import Table
 from anomalib_resad.commands.console import say
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import print_table, printable
+from anomalib_resad.deploy.prediction import threshold_of
+from anomalib_resad.deploy.products import Rate
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.rotations import Rotations
 
@@ -26,6 +28,7 @@ def enroll(
     mode: Literal["new", "add", "replace"] = "new",
     rotations: Rotations | None = None,
     bit_depth: BitDepth = "auto",
+    false_alarm_rate: Rate = "auto",
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -34,34 +37,40 @@ def enroll(
         product: Name of the product.
         photos: Folder of good photos, or one photo.
         banks: Folder of the products' banks, if not in the bundle.
-        max_patches: Most rows of a level; by default all are kept.
+        max_patches: Most patches that are searched; by default the model's share of all.
         threshold: The product's own threshold, on the scale of the raw score.
         mode: What to do: a new product, more photos for one, or other photos for one. Its own threshold stays, unless
-            another one is given.
+            another one is given; one for a false-alarm rate is computed anew.
         rotations: In how many orientations each photo is enrolled: 1, 8 (every 45 degrees), or auto for 8 where the
             photos are rotated to each other. By default what the model was made with. Photos that are added follow the
             others.
         bit_depth: Bits of a channel that the camera gives, such as 12, if the photos have more than 8 and do not say
             how many. It is kept with the product, whose photos all have to have it.
+        false_alarm_rate: Share of good photos that may alarm: the product gets a threshold of its own, from how its
+            photos score against each other. null for the model's threshold. By default 0.05, if the bundle knows how
+            far scores scatter.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    if mode == "add" and (threshold, max_patches, rotations, bit_depth) != (None, None, None, "auto"):
+    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate)
+    if mode == "add" and chosen != (None, None, None, "auto", "auto"):
         msg = (
             f"--mode add keeps the product's threshold, rotations and bit depth (given: threshold={threshold}, "
-            f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}). Leave them out, or use --mode "
-            "replace with all photos."
+            f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}, "
+            f"false_alarm_rate={false_alarm_rate}). Leave them out, or use --mode replace with all photos."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
         if mode == "add":
             bank = inferencer.add(product, photos)
         else:
-            bank = inferencer.enroll(product, photos, threshold, max_patches, mode == "replace", rotations, bit_depth)
+            bank = inferencer.enroll(
+                product, photos, threshold, max_patches, mode == "replace", rotations, bit_depth, false_alarm_rate
+            )
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
-    own = "" if bank.threshold is None else f", its own threshold {bank.threshold:g}"
-    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB{own} ({names}).")
+    say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
+    say(f"{product}: {threshold_of(inferencer.manifest, bank)}.")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, check_bank, padded, product_name, read_bank
+from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, product_name
+from anomalib_resad.deploy.bank_reading import check_bank, read_bank
+from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.watch import Watch, stamp
-from anomalib_resad.enrollment.coreset import searched
 from anomalib_resad.enrollment.files import PART, remove_stale
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
@@ -65,12 +66,10 @@ class BankStore:
                         f"The bank of {name!r} is that of {bank.product!r}: its file was renamed. Give it its own name."
                     )
                     raise BankError(msg)
-                multiple = self.manifest.row_multiple
-                levels = range(len(self.manifest.levels))
-                kept = [bank.arrays[f"rows_{level}"] for level in levels]
-                share = self.manifest.searched if self.manifest.keyed and bank.max_patches is None else 1.0
-                chosen = searched(kept[-1], len(bank.references), share)
-                rows = [padded(level[chosen] if share < 1 else level, multiple) for level in kept]
+                rows = levels_of(bank, self.manifest)
+                if is_whole(bank, self.manifest):
+                    rows = searched_rows(rows, len(bank.references), self.manifest, bank.max_patches)
+                rows = [padded(level, self.manifest.row_multiple) for level in rows]
                 self._loaded[name] = (stat, bank, rows)
                 while len(self._loaded) > self.most_loaded:
                     self._loaded.popitem(last=False)

@@ -98,6 +98,8 @@ class Manifest:
         weights (str): Where the backbone's weights are from; version 0.1.0 did not say.
         folder (str): Folder of the files in the bundle, of one that replaced another; none for the bundle itself.
         searched (float): Share of each photo's rows that is searched; all of them in bundles of version 0.1.0.
+        spread (float | None): Standard deviation of good photos' raw scores within the source categories; version 0.1.0
+            did not say.
 
     Raises:
         ValueError: If something in it cannot be.
@@ -119,6 +121,7 @@ class Manifest:
     weights: str = "unknown"
     folder: str = ""
     searched: float = 1.0
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         """Check types and values."""
@@ -136,6 +139,7 @@ class Manifest:
             "keyed": not isinstance(self.keyed, bool),
             "label_above": not (is_threshold(self.label_above) and 0 <= self.label_above <= 1),
             "searched": not (is_threshold(self.searched) and 0 < self.searched <= 1),
+            "spread": not (self.spread is None or (is_threshold(self.spread) and self.spread >= 0)),
             "files": sorted(self.files) != sorted(FILES),
             "folder": re.fullmatch(FOLDER, self.folder) is None,
         }
@@ -151,6 +155,11 @@ class Manifest:
     def place(self, file: str) -> str:
         """Where one of the files is in the bundle."""
         return f"{self.folder}/{file}" if self.folder else file
+
+    @property
+    def scatter(self) -> float:
+        """The spread for :mod:`anomalib_resad.enrollment.calibration`, which says NaN for unknown."""
+        return math.nan if self.spread is None else self.spread
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""

@@ -16,7 +16,7 @@ from anomalib_resad.deploy.guard import MOST_FILES
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
 from anomalib_resad.deploy.pictures import shrunk
-from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.prediction import Prediction, scales_of, threshold_of
 from anomalib_resad.deploy.uploads import Uploads
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.rotations import Rotations
@@ -64,6 +64,18 @@ def _places(found: Prediction) -> str:
 def _state(bank: Bank) -> tuple[Any, ...]:
     """Tells whether a product is still the one that a score was computed with: its photos, and its scale."""
     return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold
+
+
+def _chosen(product: str | None) -> str:
+    """The product.
+
+    Raises:
+        ValueError: If none is chosen.
+    """
+    if not product:
+        msg = "Choose a product first."
+        raise ValueError(msg)
+    return product
 
 
 class Page:
@@ -127,7 +139,8 @@ class Page:
         if bank.rotations > 1:
             done += f" Each photo is known in {bank.rotations} orientations."
         chosen = gr.Dropdown(choices=self.inferencer.products, value=name)
-        return f"{done} It takes {bank.size / 1e6:.1f} MB.", self.products(), chosen, None
+        done += f" It takes {bank.size / 1e6:.1f} MB. It has {threshold_of(self.inferencer.manifest, bank)}."
+        return done, self.products(), chosen, None
 
     def remove(self, name: str) -> tuple[Any, ...]:
         """Remove a product."""
@@ -186,17 +199,28 @@ class Page:
     def keep_threshold(self, product: str | None, threshold: float, last: Inspection | None = None) -> tuple[Any, ...]:
         """Make the slider's value the product's own threshold, 0.5 from then on, and inspect the photo anew."""
         with self._shown():
-            if not product:
-                msg = "Choose a product first."
-                raise ValueError(msg)
-            scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(product))
-            self.inferencer.set_threshold(product, denormalize(float(threshold), *(float(each) for each in scale)))
-            kept = f"The threshold of **{product}** was kept; it is at 0.5 from now on."
-            if last is None or last.product != product or not Path(last.photo).exists():
-                picture, now, _, verdict = self.clear(last)
+            name = _chosen(product)
+            scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(name))
+            self.inferencer.set_threshold(name, denormalize(float(threshold), *(float(each) for each in scale)))
+            return self._judged_anew(name, f"The threshold of **{name}** was kept; it is at 0.5 from now on.", last)
+
+    def calibrate(self, product: str | None, percent: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
+        """Give the product the threshold for a false-alarm rate, or without one the model's, and inspect anew."""
+        with self._shown():
+            name = _chosen(product)
+            if percent is None:
+                bank = self.inferencer.set_threshold(name, None)
             else:
-                picture, now, verdict = self.inspect(last.photo, product, 0.5, last)
-        return 0.5, self.products(), f"{verdict}\n\n{kept}", picture, now
+                bank = self.inferencer.calibrate(name, float(percent) / 100)
+            return self._judged_anew(name, f"**{name}** has {threshold_of(self.inferencer.manifest, bank)}.", last)
+
+    def _judged_anew(self, product: str, said: str, last: Inspection | None) -> tuple[Any, ...]:
+        """What is shown once a product has another threshold."""
+        if last is None or last.product != product or not Path(last.photo).exists():
+            picture, now, _, verdict = self.clear(last)
+        else:
+            picture, now, verdict = self.inspect(last.photo, product, 0.5, last)
+        return 0.5, self.products(), f"{verdict}\n\n{said}", picture, now
 
     # -- errors -------------------------------------------------------------------------------------------------------
 

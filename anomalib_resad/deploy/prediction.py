@@ -15,6 +15,7 @@ from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.pictures import boxed, overlay, resized
 from anomalib_resad.deploy.regions import Region, bounded, find_regions
+from anomalib_resad.enrollment.calibration import how_sure
 from anomalib_resad.enrollment.thresholds import product_map_threshold
 
 
@@ -95,6 +96,19 @@ def scales_of(manifest: Manifest, bank: Bank) -> tuple[tuple[np.float32, ...], t
     moved = product_map_threshold(map_threshold, threshold, own)
     chosen = threshold if bank.threshold is None else own
     return _float32(chosen, *score_range), _float32(moved, *map_range)
+
+
+def threshold_of(manifest: Manifest, bank: Bank) -> str:
+    """What to tell of the raw score above which a product's photos are anomalous, and how sure it is."""
+    rate = bank.false_alarm_rate
+    if bank.threshold is None:
+        known = manifest.score.threshold
+        said = "no threshold" if known is None else f"the model's threshold {known:.4g}"
+        return said if rate is None else f"{said}, until a second photo is there to be compared with"
+    if rate is None:
+        return f"its own threshold {bank.threshold:.4g}"
+    sure = how_sure(len(bank.references), manifest.scatter, rate)
+    return f"its own threshold {bank.threshold:.4g} for a false-alarm rate of {100 * rate:.3g} %; {sure}"
 
 
 def _float32(*values: float) -> tuple[np.float32, ...]:

@@ -21,6 +21,7 @@ from anomalib_resad.deploy import api
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
 from anomalib_resad.deploy.uploads import Uploads
+from anomalib_resad.enrollment.calibration import USUAL_RATE
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.photos import EXTENSIONS
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
@@ -43,7 +44,7 @@ def build(page: Page) -> gr.Blocks:
         gr.Markdown("# ResAD\nEnroll a product with a few good photos, then inspect new ones.")
         found = gr.State(None)
         with gr.Tab("Inspect") as inspecting, gr.Row():
-            product, photo, inspect, picture, verdict, threshold, keep = _inspect_tab(page)
+            product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate = _inspect_tab(page)
         with gr.Tab("Products") as managing, gr.Row():
             name, *of_photos, enroll, remove, message, table = _products_tab(page)
         # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
@@ -64,13 +65,14 @@ def build(page: Page) -> gr.Blocks:
         done.success(page.in_place(page.fitting, nothing), chosen, shown, **quiet)
         # Of a user alone: where an action sets the slider, it says its own verdict.
         threshold.input(page.verdict, [found, product, threshold], verdict, **quiet)
-        keep.click(
-            page.in_place(page.keep_threshold, [gr.skip(), gr.skip(), REFUSED, gr.skip(), gr.skip()]),
-            [product, threshold, found],
-            [threshold, table, verdict, picture, found],
-            api_name="keep_threshold",
-            **raw,
-        )
+        for button, action, value in ((keep, page.keep_threshold, threshold), (calibrate, page.calibrate, percent)):
+            button.click(
+                page.in_place(action, [gr.skip(), gr.skip(), REFUSED, gr.skip(), gr.skip()]),
+                [product, value, found],
+                [threshold, table, verdict, picture, found],
+                api_name=action.__name__,
+                **raw,
+            )
         for each in _enrolling(page, name, of_photos, enroll, remove, [message, table, product], raw):
             each.success(page.clear, found, shown, **quiet)
     return blocks
@@ -112,7 +114,15 @@ def _inspect_tab(page: Page) -> tuple[Any, ...]:
         verdict = gr.Markdown(EMPTY, elem_id="verdict")
         threshold = gr.Slider(0.01, 0.99, 0.5, step=0.005, label="Threshold", elem_id="threshold", buttons=[])
         keep = gr.Button("Keep this threshold for the product", elem_id="keep")
-    return product, photo, inspect, picture, verdict, threshold, keep
+        with gr.Row():
+            percent = gr.Number(
+                100 * USUAL_RATE,
+                label="Good photos that may alarm, in per cent (empty: the model's threshold)",
+                elem_id="percent",
+                buttons=[],
+            )
+            calibrate = gr.Button("Set the threshold from the product's photos", elem_id="calibrate")
+    return product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate
 
 
 def _products_tab(page: Page) -> tuple[Any, ...]:

@@ -9,13 +9,19 @@ far is usual, and the product's own scores correct that as far as they go.
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anomalib_resad.enrollment.quantiles import student_quantile
+
 # Weight of the spread that was learned on the source categories, in scores: it counts as much as this many scores of
 # the product. More would ignore that products scatter differently, fewer would trust two or three scores too much.
 PRIOR = 4
+# Target false-alarm rate where a product gets a threshold of its own, unless another one is asked for.
+USUAL_RATE = 0.05
+DRAWS = 20_000  # of what the location and the scatter of a product may be
 
 
 def check_rate(rate: float) -> None:
@@ -71,10 +77,37 @@ def product_threshold(scores: ArrayLike, spread: float, rate: float) -> float:
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         msg = f"A product's threshold needs the finite scores of two or more reference photos, got {values.tolist()}."
         raise ValueError(msg)
-    from scipy.stats import t  # noqa: PLC0415  # slow to import, and seldom needed
-
-    freedom, squares = len(values) - 1, float(((values - values.mean()) ** 2).sum())
+    freedom, squares = _freedom(len(values), spread), float(((values - values.mean()) ** 2).sum())
     if not math.isnan(spread):
-        freedom, squares = freedom + PRIOR, squares + PRIOR * spread**2
+        squares += PRIOR * spread**2
     deviation = math.sqrt(squares / freedom * (1 + 1 / len(values)))
-    return float(values.mean() + deviation * t.ppf(1 - rate, freedom))
+    return float(values.mean() + deviation * student_quantile(rate, freedom))
+
+
+def _freedom(k: int, spread: float) -> int:
+    """Scores that tell how far good photos scatter: all but one, and what was learned on the source."""
+    return k - 1 + (0 if math.isnan(spread) else PRIOR)
+
+
+def largest_rate(k: int, spread: float, rate: float) -> float:
+    """The share of good photos above a product's threshold is at most this, with 95 % confidence.
+
+    What :func:`product_threshold` knows of the product, its location and its scatter, is a distribution. Each draw of
+    it gives the threshold another rate. The scores themselves cancel out.
+
+    Args:
+        k (int): Reference photos, 2 or more.
+        spread (float): As of :func:`product_threshold`.
+        rate (float): Target false-alarm rate.
+    """
+    generator, freedom = np.random.default_rng(0), _freedom(k, spread)
+    limit = student_quantile(rate, freedom) * math.sqrt(1 + 1 / k)
+    scatter = np.sqrt(generator.chisquare(freedom, DRAWS) / freedom)
+    distances = limit * scatter - generator.standard_normal(DRAWS) / math.sqrt(k)  # in standard deviations
+    return max(rate, NormalDist().cdf(-float(np.quantile(distances, 0.05))))
+
+
+def how_sure(k: int, spread: float, rate: float) -> str:
+    """What to tell of a product's threshold; arguments as of :func:`largest_rate`."""
+    said = f"{k} photos make it 95 % sure that at most {100 * largest_rate(k, spread, rate):.0f} % of good photos alarm"
+    return f"{said} (a guess: the model knows the scatter of no product)" if math.isnan(spread) else said

@@ -266,4 +266,5 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         files={path.name: content_hash(path) for path in sorted(folder.iterdir())},
         weights=model.model.encoder.backbone.origin,
         searched=float(model.model.bank.share),
+        spread=None if torch.isnan(post.spread) else float(post.spread),
     )

@@ -205,7 +205,7 @@ def compare(
         rows["torch"] = _row(ours, ours, labels) | {"milliseconds": milliseconds}
         predictors: dict[str, Callable[[Path], Prediction]] = {}
         for name, runtime in runtimes.items():
-            runtime.enroll(product, references)
+            runtime.enroll(product, references, false_alarm_rate=None)  # compared at the model's threshold
             predictors[name] = partial(_predict, runtime, product)
         predictors[STOCK] = stock(model, Path(folder) / "stock")
         for name, predict in predictors.items():

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Read the file of a bank, and see that it is whole, unaltered, and of the bundle."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from anomalib_resad.deploy.bank import ENTRY, FORMAT, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank_rows import is_whole
+from anomalib_resad.deploy.bundle import Manifest, strict_json
+from anomalib_resad.enrollment.calibration import check_rate
+from anomalib_resad.enrollment.decoding import check_bit_depth
+from anomalib_resad.enrollment.photos import Reference
+from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
+from anomalib_resad.enrollment.thresholds import is_threshold
+
+
+def read_bank(path: Path, manifest: Manifest) -> Bank:
+    """Read the bank of a product and check all of it.
+
+    Raises:
+        BankError: If it is of another model or version, truncated, altered, not finite, or of a wrong size.
+    """
+    try:
+        bank = _read(path)
+    except BankError:
+        raise
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = f"{path} is truncated or no bank ({error}). Copy it again, or enroll the product again."
+        raise BankError(msg) from error
+    check_bank(bank, manifest, str(path))
+    return bank
+
+
+def _read(path: Path) -> Bank:
+    content = path.read_bytes()  # once, and no memory map: somebody may replace or cut the file
+    arrays = load(content)
+    header = strict_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
+    checksum = metadata.pop("checksum", None)
+    if metadata.get("format") != FORMAT:
+        msg = (
+            f"{path} is no bank of this version ({metadata.get('format')} instead of {FORMAT}). "
+            "Enroll the product again from its good photos."
+        )
+        raise BankError(msg)
+    if checksum_of(metadata, arrays) != checksum:
+        msg = f"{path} was altered after it was written: its checksum differs. Copy it again, or enroll again."
+        raise BankError(msg)
+    scores = json.loads(metadata.get("leave_one_out", "null"))
+    return Bank(
+        product=metadata["product"],
+        encoder=metadata["encoder"],
+        references=tuple(Reference(*each) for each in json.loads(metadata["references"])),
+        arrays=arrays,
+        threshold=json.loads(metadata["threshold"]),
+        max_patches=json.loads(metadata["max_patches"]),
+        rotations=json.loads(metadata["rotations"]),
+        bit_depth=json.loads(metadata.get("bit_depth", "8")),
+        false_alarm_rate=json.loads(metadata.get("false_alarm_rate", "null")),
+        leave_one_out=None if scores is None else tuple(scores),
+    )
+
+
+def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
+    """Check that a bank fits a bundle.
+
+    Raises:
+        BankError: If it does not.
+    """
+    _check_references(bank, where)
+    if bank.encoder != manifest.encoder:
+        msg = (
+            f"{where} was enrolled with another model or precision ({_short(bank.encoder)}; this bundle is "
+            f"{_short(manifest.encoder)}), so its features mean nothing here. Use that bundle, or enroll again."
+        )
+        raise BankError(msg)
+    try:
+        bank.with_threshold(bank.threshold)
+        _check_scores(bank)
+        check_rotations(bank.rotations)
+        check_bit_depth(bank.bit_depth)
+    except ValueError as error:
+        msg = f"{where}: {error} Enroll again."
+        raise BankError(msg) from error
+    counts = [each for each in (bank.rotations, bank.bit_depth, bank.max_patches) if each is not None]
+    if not all(type(each) is int and each > 0 for each in counts):
+        msg = f"{where}: rotations={bank.rotations!r}, max_patches={bank.max_patches!r} are no numbers. Enroll again."
+        raise BankError(msg)
+    whole = is_whole(bank, manifest)
+    for number, level in enumerate(manifest.levels):
+        rows = bank.arrays.get(f"rows_{number}")
+        expected = len(bank.references) * kept_rows(level.patches, bank.rotations)
+        expected = expected if whole else min(expected, bank.max_patches or expected)
+        if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
+            found = None if rows is None else f"{rows.dtype} {rows.shape}"
+            msg = f"{where}: level {number} has {found} instead of float32 {(expected, level.channels)}. Enroll again."
+            raise BankError(msg)
+        with np.errstate(over="ignore"):
+            lengths = np.linalg.norm(rows, axis=1)  # which the matching divides by
+        if not (np.isfinite(lengths).all() and lengths.all()):
+            msg = (
+                f"{where}: level {number} holds NaN, infinity, huge rows or rows of zeros. Check the photos and the "
+                "bundle, and enroll again."
+            )
+            raise BankError(msg)
+
+
+def _check_scores(bank: Bank) -> None:
+    """Refuse leave-one-out scores and a false-alarm rate that cannot be.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    if bank.false_alarm_rate is not None:
+        if not is_threshold(bank.false_alarm_rate):
+            msg = f"false_alarm_rate={bank.false_alarm_rate!r} is no number."
+            raise ValueError(msg)
+        check_rate(bank.false_alarm_rate)
+    scores, photos = bank.leave_one_out, len(bank.references)
+    if scores is not None and not (
+        len(scores) == (photos if photos > 1 else 0) and all(is_threshold(each) for each in scores)
+    ):
+        msg = f"its photos' own scores are not {photos} finite numbers."
+        raise ValueError(msg)
+
+
+def _check_references(bank: Bank, where: str) -> None:
+    """Refuse names that are no text, and photos that are no SHA-256 in order.
+
+    Raises:
+        BankError: If there are some.
+    """
+    photos = [each.sha256 for each in bank.references]
+    texts = [bank.product, bank.encoder, *photos, *(each.name for each in bank.references)]
+    if not all(isinstance(each, str) for each in texts) or not (
+        photos == sorted(set(photos)) and all(re.fullmatch("[0-9a-f]{64}", each) for each in photos)
+    ):
+        msg = f"{where}: its list of photos is none. Enroll the product again."
+        raise BankError(msg)
+
+
+def _short(encoder: str) -> str:
+    model, _, precision = encoder.partition("/")
+    return f"{model[:12]}, {precision}"

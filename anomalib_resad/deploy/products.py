@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""The products of a bundle: enroll them, change them, and give them thresholds, with OpenVINO alone."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from anomalib_resad.deploy.bank import Bank, BankError, bank_file, product_name
+from anomalib_resad.deploy.bank_rows import is_whole, leave_one_out, rows_of_photos
+from anomalib_resad.deploy.bank_store import BankStore
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
+from anomalib_resad.deploy.runtime import Runtime
+from anomalib_resad.deploy.watch import Watch
+from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
+from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
+from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
+from anomalib_resad.enrollment.references import read_references
+from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
+
+logger = logging.getLogger(__name__)
+Photos: TypeAlias = str | Path | Iterable[Photo]
+Rate: TypeAlias = float | Literal["auto"] | None
+
+
+class Products:
+    """What a bundle knows; see :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`, which also inspects.
+
+    Args:
+        bundle (Path | str): Folder made by ``resad export``, or file made by ``resad bundle pack``.
+        device (str): OpenVINO device.
+        banks (Path | str | None): Folder of the products' banks; ``banks`` in the bundle by default, and beside a
+            packed one, ``<its name>.banks``.
+        threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
+        most_loaded (int): Most banks kept in memory, the least recently used dropped first.
+
+    Attributes:
+        size (int): Bytes of the bundle.
+
+    Raises:
+        BundleError: If the bundle cannot be used.
+        ValueError: If there is no such device, or a number is impossible.
+    """
+
+    def __init__(
+        self,
+        bundle: Path | str,
+        device: str = "CPU",
+        banks: Path | str | None = None,
+        threads: int | None = None,
+        most_loaded: int = 32,
+    ) -> None:
+        self.bundle = Path(bundle)
+        self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
+        self.banks = banks_of(self.bundle, banks)
+        self.device = device
+        self.size = sum(map(len, files.values()))
+        self._runtime = Runtime(files, device, threads)
+        self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
+
+    def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Run one of the two models."""
+        return self._runtime.run(file, inputs)
+
+    def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
+        return self._run(ENCODER, [pixels])
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the enrolled products, sorted."""
+        return self._store.products
+
+    def enroll(
+        self,
+        name: str,
+        photos: Photos,
+        threshold: float | None = None,
+        max_patches: int | None = None,
+        replace_existing: bool = False,
+        rotations: Rotations | None = None,
+        bit_depth: BitDepth = "auto",
+        false_alarm_rate: Rate = "auto",
+    ) -> Bank:
+        """Learn a product from good photos.
+
+        The result depends on the photos alone, not on their order or names; identical photos count once. It is written
+        whole or not at all.
+
+        Args:
+            name (str): The product.
+            photos (Photos): A folder, or photos.
+            threshold (float | None): The product's own threshold of the raw score; ``None`` leaves it to
+                ``false_alarm_rate``.
+            max_patches (int | None): Most rows of a level that are searched, instead of the model's share of them.
+            replace_existing (bool): Replace the product if it is enrolled already.
+            rotations (Rotations | None): Orientations of each photo: 1 for photos as they are, 8 for every 45 degrees,
+                ``"auto"`` for 8 where the photos are rotated to each other; ``None`` for the model's.
+            bit_depth (BitDepth): Bits of a channel of this product's photos, kept with it; ``"auto"`` for what the
+                files state.
+            false_alarm_rate (Rate): Share of good photos that may lie above the product's own threshold, which is
+                computed from its photos, and again when some are added or removed; of a single photo the model's stays.
+                ``None`` for the model's. ``"auto"`` for what the product had that is replaced; of a new one,
+                :data:`~anomalib_resad.enrollment.calibration.USUAL_RATE` if the bundle knows how far scores scatter.
+
+        Raises:
+            ValueError: If the product exists, its name is no file name, or a number is impossible.
+            PhotoError: If a photo cannot be used; nothing was written then.
+        """
+        name = product_name(name)
+        self._check_new(name, replace_existing)
+        if max_patches is not None and max_patches < 1:
+            msg = f"max_patches={max_patches} must be at least 1, or None."
+            raise ValueError(msg)
+        if isinstance(false_alarm_rate, float | int):
+            check_rate(false_alarm_rate)
+            if threshold is not None:
+                msg = f"threshold={threshold} and false_alarm_rate={false_alarm_rate} are two thresholds. Give one."
+                raise ValueError(msg)
+        check_bit_depth(bit_depth)
+        rotations = self.manifest.rotations if rotations is None else rotations
+        features, orientations, depth = self._features_of(photos, rotations, bit_depth)
+        if not features:
+            msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
+            raise PhotoError(msg)
+        bank = self._bank_of(name, features, orientations, depth, max_patches).with_threshold(threshold)
+        with self._store.changing(name):
+            self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
+            before = self._earlier(name) if false_alarm_rate == "auto" else None
+            if threshold is None and before is not None:
+                bank = bank.judged_as(before, self.manifest.scatter)
+            elif threshold is None:
+                usual = None if self.manifest.spread is None else USUAL_RATE
+                rate = usual if false_alarm_rate == "auto" else false_alarm_rate
+                bank = bank.with_rate(rate, self.manifest.scatter)
+            return self._store.write(bank)
+
+    def _earlier(self, name: str) -> Bank | None:
+        """The bank that is replaced; a threshold in one that cannot be read, or is of another model, is lost."""
+        try:
+            return self.bank(name) if bank_file(self.banks, name).exists() else None
+        except BankError as error:
+            logger.warning("If %r had a threshold of its own, set it again: its bank was unusable. %s", name, error)
+            return None
+
+    def _check_new(self, name: str, replace_existing: bool) -> None:
+        if bank_file(self.banks, name).exists() and not replace_existing:
+            msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
+            raise ValueError(msg)
+
+    def add(self, name: str, photos: Photos) -> Bank:
+        """Add good photos to a product; the bank is then as if all had been enrolled at once.
+
+        They are enrolled in as many orientations as those that are there, and have to be of their bit depth. Nothing is
+        lost where several threads or processes add to one product.
+
+        Raises:
+            ValueError: If the product is not enrolled, or its bank was thinned out.
+            PhotoError: If a photo cannot be used.
+            BankError: If the product was enrolled in another way meanwhile.
+        """
+        before = self._whole_bank(name)
+        name = before.product
+        added, *_ = self._features_of(photos, before.rotations, before.bit_depth)
+        with self._store.changing(name):
+            bank = self._whole_bank(name)
+            if (bank.rotations, bank.bit_depth) != (before.rotations, before.bit_depth):
+                msg = (
+                    f"{name!r} was enrolled anew meanwhile, in {bank.rotations} orientations, of {bank.bit_depth} bits "
+                    "a channel. Add the photos again."
+                )
+                raise BankError(msg)
+            return self._store.write(self._changed(bank, rows_of_photos(bank, self.manifest) | added))
+
+    def remove(self, name: str, photo: str | None = None) -> None:
+        """Remove a product, or one of its photos by name, or by the beginning of its SHA-256.
+
+        Raises:
+            ValueError: If there is no such product or photo, it is the last photo, or several photos have that name.
+        """
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            if photo is None:
+                self._store.remove(name)
+                return
+            bank = self._whole_bank(name)
+            chosen = [each for each in bank.references if each.name == photo or each.sha256.startswith(photo)]
+            if len(chosen) != 1 or len(bank.references) == 1:
+                names = ", ".join(f"{each.name} ({each.sha256[:8]})" for each in bank.references)
+                problem = "names several photos" if len(chosen) > 1 else "is not one of several photos"
+                msg = f"{photo!r} {problem} of {name!r}: {names}. Nothing was changed."
+                raise ValueError(msg)
+            kept = {
+                reference: rows
+                for reference, rows in rows_of_photos(bank, self.manifest).items()
+                if reference != chosen[0]
+            }
+            self._store.write(self._changed(bank, kept))
+
+    def set_threshold(self, name: str, threshold: float | None) -> Bank:
+        """Give a product its own threshold of the raw score, or with ``None`` the model's again.
+
+        Raises:
+            ValueError: If the product is not enrolled, or the threshold is no finite number.
+        """
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            return self._store.write(self.bank(name).with_threshold(threshold))
+
+    def calibrate(self, name: str, rate: float) -> Bank:
+        """Give a product the threshold that a share of good photos exceeds, from the scores of its own photos.
+
+        Raises:
+            ValueError: If the product is not enrolled, or of one photo, or thinned out by 0.1.0; or it is no rate.
+        """
+        check_rate(rate)
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            bank = self.bank(name)
+            if bank.leave_one_out is None:
+                bank = self._with_scores(self._whole_bank(name))
+            if not bank.leave_one_out:
+                msg = f"{name!r} has one photo, which nothing can be compared with. Add a good photo first."
+                raise ValueError(msg)
+            return self._store.write(bank.with_rate(rate, self.manifest.scatter))
+
+    def bank(self, name: str) -> Bank:
+        """The bank of a product.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name)[0]
+
+    def searched(self, name: str) -> Rows:
+        """The rows of a product that a search looks through, per level ``(N, C_l)``, as the detector takes them.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name)[1]
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""
+        return hashlib.sha256(f"{self.manifest} {self.bank(name).checksum}".encode()).hexdigest()
+
+    def _whole_bank(self, name: str) -> Bank:
+        bank = self.bank(name)
+        if not is_whole(bank, self.manifest):
+            msg = (
+                f"{name!r} was thinned out by an earlier version (max_patches={bank.max_patches}): its rows do not "
+                "tell which photo they are of. Enroll it again from all its photos."
+            )
+            raise ValueError(msg)
+        return bank
+
+    def _features_of(
+        self, photos: Photos, rotations: Rotations, bit_depth: BitDepth
+    ) -> tuple[dict[Reference, Rows], int, int]:
+        """What a bank keeps of each photo, ``(N_l, C_l)`` per level; in how many orientations; and their bit depth."""
+        listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
+        read = read_references(listed, bit_depth)
+        rows, orientations = enrolled_rows(read.values(), self._encode_rows, self.manifest.keyed, rotations)
+        return dict(zip(read, rows, strict=True)), orientations, read.bit_depth
+
+    def _encode_rows(self, pixels: np.ndarray) -> Rows:
+        features = self.encode(pixels[None])
+        return [np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features]
+
+    def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
+        """The same product of other photos."""
+        changed = self._bank_of(bank.product, features, bank.rotations, bank.bit_depth, bank.max_patches)
+        return changed.judged_as(bank, self.manifest.scatter)
+
+    def _bank_of(
+        self, name: str, features: dict[Reference, Rows], rotations: int, bit_depth: int, max_patches: int | None
+    ) -> Bank:
+        references = by_content(features)
+        levels = range(len(self.manifest.levels))
+        arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
+        return self._with_scores(
+            Bank(name, self.manifest.encoder, references, arrays, None, max_patches, rotations, bit_depth)
+        )
+
+    def _with_scores(self, bank: Bank) -> Bank:
+        scores = leave_one_out(bank, self.manifest, lambda inputs: float(self._run(DETECTOR, list(inputs))[0][0]))
+        return replace(bank, leave_one_out=scores)
