@@ -116,9 +116,9 @@ def test_a_threshold_from_the_photos(page: Page, good: list[Path], new: list[Pat
         assert now.score == page.inferencer.predict(new[0], "tiles").score
         assert (page.inferencer.bank("tiles").false_alarm_rate or 0) == (percent or 0) / 100
     for wrong in (0, 100, "high", float("nan")):
-        with pytest.raises(serving.gr.Error):
+        with pytest.raises(gradio.Error):
             page.calibrate("tiles", wrong)
-    with pytest.raises(serving.gr.Error, match="Choose a product"):
+    with pytest.raises(gradio.Error, match="Choose a product"):
         page.calibrate(None, 5)
 
 
