@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from anomalib_resad.data.cross_category import category_name
+from anomalib_resad.enrollment.calibration import USUAL_RATE
 from anomalib_resad.enrollment.draws import draw_references
 from anomalib_resad.enrollment.photos import list_photos
 from anomalib_resad.enrollment.references import read_references
@@ -59,7 +60,7 @@ class FewShotReferences(Callback):
         references (Path | str | None): Folder of good photos.
         seed (int): Seed of the draw.
         false_alarm_rate (float | None): Give the enrolled product a threshold of its own at this rate, from the
-            references alone; ``None`` leaves the threshold as it is stored.
+            references alone; ``None`` leaves the threshold as it is stored, or takes the usual rate if there is none.
     """
 
     def __init__(
@@ -141,25 +142,30 @@ class FewShotReferences(Callback):
         samples = data.samples
         return samples.image_path[samples.label_index == LabelName.NORMAL].tolist(), f"the train split of {category}"
 
-    def calibrate(self, pl_module: Any) -> None:  # noqa: ANN401  # a ResAD
+    def calibrate(self, pl_module: Any, usual: float | None = None) -> None:  # noqa: ANN401  # a ResAD
         """Give the enrolled product a threshold of its own, if a rate was given.
+
+        Args:
+            pl_module (Any): The ResAD.
+            usual (float | None): The rate where none was given.
 
         Raises:
             ValueError: If the bank does not hold whole photos.
         """
         model, post_processor = pl_module.model, pl_module.post_processor
-        if self.false_alarm_rate is None or model.bank.is_empty:
+        rate = usual if self.false_alarm_rate is None else self.false_alarm_rate
+        if rate is None or model.bank.is_empty:
             return
         if not isinstance(post_processor, RankKeepingPostProcessor):
             return
         scores = leave_one_out(model, pl_module.pre_processor)
-        post_processor.calibrate(scores, self.false_alarm_rate)
+        post_processor.calibrate(scores, rate)
         if not scores:  # of one photo, for which the post-processor says why there is no threshold
             return
         listed = ", ".join(f"{score:.3g}" for score in scores)
         rank_zero_info(
-            f"Threshold {post_processor.image_threshold.item():.3g} at a target false-alarm rate of "
-            f"{self.false_alarm_rate:g}; the references score {listed} against each other."
+            f"Threshold {post_processor.image_threshold.item():.3g} at a target false-alarm rate of {rate:g}; the "
+            f"references score {listed} against each other."
         )
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -167,7 +173,8 @@ class FewShotReferences(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enroll the target, where that is all there is to do; else see that there are enough photos of it."""
         if not pl_module.is_trainable:
-            self._enroll_and_calibrate(trainer, pl_module)
+            self.enroll(trainer, pl_module)
+            self.calibrate(pl_module)
             return
         datamodule = getattr(trainer, "datamodule", None)
         photos, where = self._good_photos(datamodule, target_category(datamodule))
@@ -202,16 +209,14 @@ class FewShotReferences(Callback):
             self.calibrate(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enroll the target."""
-        self._enroll_and_calibrate(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enroll the target."""
-        self._enroll_and_calibrate(trainer, pl_module)
-
-    def _enroll_and_calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enroll the target; without a threshold of the source, it gets one of its own at the usual rate."""
         self.enroll(trainer, pl_module)
-        self.calibrate(pl_module)
+        module = cast("Any", pl_module)
+        post_processor, photos = module.post_processor, module.model.bank.record.photos
+        needs_one = isinstance(post_processor, RankKeepingPostProcessor) and not post_processor.has_statistics
+        self.calibrate(module, USUAL_RATE if needs_one and photos > 1 and not module.keeps_bank else None)
+
+    on_predict_start = on_test_start
 
 
 def _same(held: BankRecord, wanted: BankRecord) -> bool:

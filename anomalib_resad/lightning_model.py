@@ -42,6 +42,7 @@ from anomalib_resad.method.reference_bank import Metric
 from anomalib_resad.method.residual_flow import Residual
 from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import choose_pre_processor, resize_and_normalize
+from anomalib_resad.ready_heads import READY, ReadyHead, Untrained, take_ready_head
 from anomalib_resad.torch_model import BUILD_ARGUMENTS, ResADModel, build, fit_to_backbone
 from anomalib_resad.training.epoch_seeds import EpochSeeds
 from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of, take_steps
@@ -65,7 +66,7 @@ class ResAD(AnomalibModule):
         reference_seed (int): Seed of the draws of references.
         false_alarm_rate (float | None): Target share of good photos above a threshold that is the product's own.
         bit_depth (BitDepth): Bits of a channel that photos of more than 8 bits use; ``"auto"``: what they state.
-        checkpoint (Path | str | None): A trained ResAD, whose backbone and method are taken; nothing is trained then.
+        checkpoint (Path | str | None): A trained ResAD, or ``"ready"`` for the package's head; nothing is trained then.
         variant (Variant): ``"fused"``, ``"resad"`` (conference paper) or ``"resad++"`` (its successor).
         estimator (EstimatorKind | None): ``"distance"`` for the plain distance, without training; head / flow / flow.
         match (Metric | None): Nearest reference by ``"l2"`` or ``"cosine"``; cosine / l2 / cosine.
@@ -98,6 +99,7 @@ class ResAD(AnomalibModule):
     """
 
     model: ResADModel
+    untrained: Untrained | None = None
     configure_visualizer = PhotoVisualizer
 
     def __init__(
@@ -149,12 +151,15 @@ class ResAD(AnomalibModule):
         # Plain types only: a checkpoint is loaded with weights_only=True.
         self.hparams.update({"layers": choose_layers(backbone, layers), "image_size": read_image_size(image_size)})
         self._given = {name: self.hparams[name] for name in SETTINGS}
-        if checkpoint is None:
-            self.hparams.update(fit_to_backbone(resolve(variant, self._given), backbone, self._given))
+        if checkpoint is None or str(checkpoint) == READY:
+            own = fit_to_backbone(resolve(variant, self._given), backbone, self._given)
+            self.hparams.update({**own, "checkpoint": None})
             self.model = build(self.hparams, **{name: self.hparams[name] for name in BUILD_ARGUMENTS})
         else:
             start_from(self, Path(checkpoint), self._given, pre_processor is not True)
         self.is_trainable = checkpoint is None and self.model.estimator.trains
+        if str(checkpoint) == READY:
+            take_ready_head(self, for_good=True)
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
@@ -175,7 +180,7 @@ class ResAD(AnomalibModule):
         components = cast("list[Callback]", super().configure_callbacks())
         given = [self.hparams[name] for name in ("k_shot", "references", "reference_seed", "false_alarm_rate")]
         checks = [CheckedCheckpoints(), PhotoCheck(self.hparams["bit_depth"])]
-        return [EpochSeeds(), FewShotReferences(*given), *checks, *components]
+        return [EpochSeeds(), ReadyHead(), FewShotReferences(*given), *checks, *components]
 
     @property
     def learning_type(self) -> LearningType:
@@ -242,8 +247,6 @@ class ResAD(AnomalibModule):
         found = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
         return batch.update(**found._asdict())
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
         super().on_save_checkpoint(checkpoint)
@@ -262,8 +265,6 @@ class ResAD(AnomalibModule):
         """Restore a checkpoint, also one of an earlier version; errors as of :func:`restored_with`."""
         file, settings = restored_with(checkpoint_path)  # Lightning takes open files too
         return cast("ResAD", super().load_from_checkpoint(file, **{"map_location": "cpu"} | settings | kwargs))  # type: ignore[arg-type]
-
-    # -- anomalib's exports -------------------------------------------------------------------------------------------
 
     def to_openvino(  # type: ignore[override]
         self,

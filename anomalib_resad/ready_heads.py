@@ -6,32 +6,53 @@ A head is a file of a few hundred kilobytes, ``heads/<backbone>.safetensors``: t
 its statistics, the thresholds, and a card of how it was made (``python -m benchmarks.ready_heads``). It judges the
 features of the weights that it was trained with and of no others. These weights come in several files, with batch norms
 folded or not. So they are told by what the backbone makes of one picture, which lies in the file too.
+
+A ResAD that was not trained takes its backbone's head for a test or a prediction, and gives it back before it is
+trained. Where there is no head, the plain distance to the references stands in, which needs no training.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomalib_resad.checkpoint import BUILT_WITH
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.method.backbone import FeaturePyramid
+from anomalib_resad.method.estimators import Distance, Estimator
+from anomalib_resad.method.head import EvidenceHead
+from anomalib_resad.method.presets import ARCHITECTURE
+from anomalib_resad.method.safe_load import load_weights_only
+from anomalib_resad.post_processor import RankKeepingPostProcessor
 
+READY = "ready"  # what stands for a checkpoint where the head of the package is meant
 HEADS = Path(__file__).with_name("heads")
 CARD = "card"  # metadata of the file; a single entry, because safetensors keeps no order of several
 PROBE = "probe"
 TRAINED = ("model.encoder.join.", "model.estimator.", "post_processor.")  # what of a ResAD is in a head
 OF_PRODUCT = "post_processor.product_threshold"
 PROBE_SIDE = 64
+SAME = 0.02  # most difference of two probes of the same weights, which float32 and folded batch norms leave far below
+# Settings that a head is made for. Size and smoothing of the map are the user's.
+MADE_FOR = ("variant", "layers", *ARCHITECTURE)
 
 
-def head_file(backbone: str, folder: Path = HEADS) -> Path:
-    """Where the head of a backbone is, whichever of its weights are meant (``resnet18.tv_in1k``: ``resnet18``)."""
-    return folder / f"{backbone.partition('.')[0]}.safetensors"
+def head_file(backbone: str, folder: Path | None = None) -> Path:
+    """Where the head of a backbone is, whichever of its weights are meant (``resnet18.tv_in1k``: ``resnet18``).
+
+    Args:
+        backbone (str): timm model name.
+        folder (Path | None): Folder of heads; by default the package's.
+    """
+    return (folder or HEADS) / f"{backbone.partition('.')[0]}.safetensors"
 
 
 @torch.no_grad()
@@ -81,3 +102,109 @@ def read_card(path: Path) -> dict[str, Any]:
     """How a head was made: its settings, weights, sources and licenses, training."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()[CARD])
+
+
+# -- into a Lightning model -------------------------------------------------------------------------------------------
+
+
+def is_untrained(module: Any) -> bool:  # noqa: ANN401  # a ResAD
+    """Whether a ResAD has a head that was neither trained nor restored."""
+    estimator = module.model.estimator
+    return isinstance(estimator, EvidenceHead) and not bool(estimator.batches)
+
+
+Untrained = tuple[Estimator, str, dict[str, nn.Module]]  # what a head took the place of
+
+
+def take_ready_head(module: Any, for_good: bool = False) -> None:  # noqa: ANN401  # a ResAD
+    """Give an untrained ResAD the head of its backbone, or the plain distance where there is none, and say which.
+
+    Args:
+        module (Any): The ResAD.
+        for_good (bool): Whether :func:`give_back_ready_head` is to leave it.
+
+    Raises:
+        Exception: As of :meth:`FeaturePyramid.bring_weights`.
+    """
+    model, path = module.model, head_file(module.hparams["backbone"])
+    if not for_good:
+        kept = {name: copy.deepcopy(part) for name, part in _parts(module).items()}
+        module.untrained = (model.estimator, module.hparams["estimator"], kept)
+    why = _unfit(module, path)
+    if why is None:
+        state = load_weights_only(path, "ready head")
+        model.estimator = copy.deepcopy(model.estimator)
+        for name, part in {**_parts(module), "model.estimator.": model.estimator}.items():
+            own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+            part.load_state_dict(part.state_dict() | own)
+        sources = read_card(path)["sources"]
+        rank_zero_info(
+            f"Ready head of {path.stem}: trained on {len(sources['products'])} products ({sources['license']}), "
+            "for products that were never seen."
+        )
+    else:
+        model.estimator = Distance(module.hparams["match"])
+        module.hparams["estimator"] = "distance"
+        rank_zero_info(f"{why} The plain distance to the good photos is used, which finds fewer defects.")
+    if isinstance(module.post_processor, RankKeepingPostProcessor):
+        module.post_processor.keep_statistics = True
+
+
+def _parts(module: Any) -> dict[str, nn.Module]:  # noqa: ANN401  # a ResAD
+    """What of a ResAD a head changes beside its estimator, by the prefix of its tensors."""
+    parts: dict[str, nn.Module] = {}
+    if module.model.encoder.join is not None:
+        parts["model.encoder.join."] = module.model.encoder.join
+    if isinstance(module.post_processor, RankKeepingPostProcessor):
+        parts["post_processor."] = module.post_processor
+    return parts
+
+
+def _unfit(module: Any, path: Path) -> str | None:  # noqa: ANN401  # a ResAD
+    """Why a head cannot be used; ``None`` where it can."""
+    name, train = module.hparams["backbone"], "Train one with `anomalib fit`."
+    if not path.is_file():
+        there = ", ".join(sorted(each.stem for each in path.parent.glob("*.safetensors"))) or "none yet"
+        return f"There is no ready head for backbone '{name}' (there are: {there}). {train}"
+    card = read_card(path)
+    other = [key for key in MADE_FOR if module.hparams[key] != card["settings"][key]]
+    if other:
+        made = ", ".join(f"{key}={card['settings'][key]}" for key in other)
+        return f"The ready head of {path.stem} is for {made}. {train}"
+    found, made_with = probe(module.model.encoder.backbone), load_weights_only(path, "ready head")[PROBE]
+    if float((found - made_with).norm()) > SAME * float(made_with.norm()):
+        origin = module.model.encoder.backbone.origin
+        return f"The ready head of {path.stem} is for its weights {card['weights']}, not for these ({origin}). {train}"
+    return None
+
+
+def give_back_ready_head(module: Any) -> None:  # noqa: ANN401  # a ResAD
+    """Undo :func:`take_ready_head`: what is trained starts fresh."""
+    if module.untrained is None:
+        return
+    module.model.estimator, module.hparams["estimator"], kept = module.untrained
+    module.model.estimator.train(
+        module.model.training
+    )  # Lightning put it into evaluation mode and then lost sight of it
+    for name, part in _parts(module).items():
+        part.load_state_dict(kept[name].state_dict())
+    if isinstance(module.post_processor, RankKeepingPostProcessor):
+        module.post_processor.keep_statistics = False
+    module.untrained = None
+
+
+class ReadyHead(Callback):
+    """Gives an untrained ResAD its ready head for everything but a training; comes before the enrollment."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin each run with what was trained or restored, not with what an earlier run took."""
+        del trainer, stage
+        give_back_ready_head(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the head, unless it is a training that validates."""
+        if trainer.state.fn != TrainerFn.FITTING and is_untrained(pl_module):
+            take_ready_head(pl_module)
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
