@@ -15,6 +15,7 @@ from anomalib_resad.commands.bundle import info, pack, verify
 from anomalib_resad.commands.check import check
 from anomalib_resad.commands.console import explained
 from anomalib_resad.commands.export import export, parity
+from anomalib_resad.commands.inspect import inspect
 from anomalib_resad.commands.predict import predict
 from anomalib_resad.commands.products import enroll, products
 from anomalib_resad.commands.serve import serve
@@ -24,6 +25,7 @@ from anomalib_resad.deploy.messages import printable
 
 FLAGS = ("--replace", "--resume", "--add", "--model")
 VERBS: dict[str, Any] = {
+    "inspect": inspect,
     "export": export,
     "enroll": enroll,
     "predict": predict,

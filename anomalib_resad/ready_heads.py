@@ -174,7 +174,10 @@ def _unfit(module: Any, path: Path) -> str | None:  # noqa: ANN401  # a ResAD
     found, made_with = probe(module.model.encoder.backbone), load_weights_only(path, "ready head")[PROBE]
     if float((found - made_with).norm()) > SAME * float(made_with.norm()):
         origin = module.model.encoder.backbone.origin
-        return f"The ready head of {path.stem} is for its weights {card['weights']}, not for these ({origin}). {train}"
+        return (
+            f"The ready head of {path.stem} is for its weights {card['weights']}, not for these ({origin}); see "
+            f"docs/ready_heads.md. {train}"
+        )
     return None
 
 

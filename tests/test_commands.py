@@ -161,12 +161,19 @@ def test_train_own_products(workplace: Path) -> None:
 
 def test_predict_with_references(source: Path, workplace: Path) -> None:
     assert source.is_file()
-    output = run(one("predict", "--model.references"), workplace)
+    output = run(one("predict", "--model.checkpoint"), workplace)
     assert "Enrolled 8 of 8 good photos of photos/good: " in output
     assert "Enrolled 3 of 8 good photos of photos/good (seed 0): " in run(
-        one("predict", "--model.references"), workplace, "--model.k_shot", "3"
+        one("predict", "--model.checkpoint"), workplace, "--model.k_shot", "3"
     )
     assert list((workplace / "results/ResAD/latest/images").rglob("*.png"))
+
+
+def test_predict_without_a_checkpoint(workplace: Path) -> None:
+    """On random weights, which no head is for."""
+    output = run(one("predict", "--model.weights pypi"), workplace, *SMALL_MODEL, "--model.weights", "null")
+    assert "The plain distance to the good photos is used" in output
+    assert "Enrolled 2 of 8 good photos of photos/good" in output
 
 
 def test_test_and_predict_with_a_checkpoint(enrolled: Path, workplace: Path) -> None:
@@ -250,4 +257,4 @@ def test_demo(workplace: Path) -> None:
 
 
 def test_every_documented_command_is_run_here() -> None:
-    assert len(COMMANDS) == 8, "a command was added to README or docs: run it above"
+    assert len(COMMANDS) == 9, "a command was added to README or docs: run it above"

