@@ -3,7 +3,8 @@
 """How well a threshold travels: labels on products that the model has never seen, without a labeled photo of them.
 
 ``python -m benchmarks.threshold --config benchmarks/configs/threshold_resnet18.yaml``. The checkpoints are those of a
-leave-one-out leaderboard. Each finished cell is a line of ``cells.jsonl``: the same command goes on after a kill.
+leave-one-out leaderboard; or one model, such as a ready head, inspects all products, none of which it was trained on.
+Each finished cell is a line of ``cells.jsonl``: the same command goes on after a kill.
 """
 
 import json
@@ -86,16 +87,16 @@ def labeled_half(scores: Tensor, labels: Tensor, draw: int) -> Tensor:
     return found
 
 
-def source_statistics(checkpoint: Path, source: CrossCategory) -> RankKeepingPostProcessor:
-    """The checkpoint's threshold and spread; where it was trained without any, learned from the same held-out images.
+def source_statistics(trained: dict[str, Any], source: CrossCategory | None) -> RankKeepingPostProcessor:
+    """A trained model's threshold and spread; where it was trained without any, learned from the same held-out images.
 
     Leaderboards train without a post-processor. The last epoch's validation is repeated here: the same images, weights,
     references and code.
     """
-    model = ResAD(checkpoint=checkpoint, visualizer=False, evaluator=False)
+    model = ResAD(**trained, visualizer=False, evaluator=False)
     post_processor = model.post_processor
     assert isinstance(post_processor, RankKeepingPostProcessor)
-    if not post_processor.has_statistics or torch.isnan(post_processor.spread):
+    if source is not None and (not post_processor.has_statistics or torch.isnan(post_processor.spread)):
         post_processor.keep_statistics = False
         with tempfile.TemporaryDirectory() as folder:
             engine(Path(folder), logger=False).validate(model=model, datamodule=source, verbose=False)
@@ -103,11 +104,11 @@ def source_statistics(checkpoint: Path, source: CrossCategory) -> RankKeepingPos
 
 
 def measure(
-    cell: Cell, data: AnomalibDataModule, checkpoint: Path, source: RankKeepingPostProcessor, rates: list[float]
+    cell: Cell, data: AnomalibDataModule, trained: dict[str, Any], source: RankKeepingPostProcessor, rates: list[float]
 ) -> dict[str, Any]:
     """Enroll the drawn references, score the test images, and judge them by each rule."""
     seed_everything(cell.draw)
-    model = ResAD(checkpoint=checkpoint, k_shot=cell.shots, reference_seed=cell.draw, post_processor=False,
+    model = ResAD(**trained, k_shot=cell.shots, reference_seed=cell.draw, post_processor=False,
                   evaluator=False, visualizer=False)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = engine(Path(folder), logger=False)
@@ -199,8 +200,9 @@ def write_tables(output: Path) -> pd.DataFrame:
 
 def main(
     target: AnomalibDataModule,
-    checkpoints: Path,
     output: Path,
+    checkpoints: Path | None = None,
+    model: dict[str, Any] | None = None,
     method: str = "ResAD",
     shots: list[int] = [2, 4, 8],  # noqa: B006  # read only
     draws: int = 3,
@@ -212,8 +214,9 @@ def main(
 
     Args:
         target: Datamodule of the targets; several categories are separated by commas.
-        checkpoints: Folder of what a leave-one-out leaderboard has trained, its ``sources``.
         output: Folder for cells and tables.
+        checkpoints: Folder of what a leave-one-out leaderboard has trained, its ``sources``.
+        model: Arguments of one ResAD for all targets instead, which was trained on none of them.
         method: The leaderboard's name of the method.
         shots: Numbers of reference photos, two or more.
         draws: Draws of them for each number, seeded 0, 1, ...
@@ -224,7 +227,11 @@ def main(
     quiet_lightning()
     logging.getLogger("anomalib_resad").setLevel(logging.ERROR)  # rates that few references cannot show are the point
     targets = {str(single.category): single for single in split_categories(target)}
-    found = find_checkpoints(checkpoints, method, list(targets))
+    if (checkpoints is None) == (model is None):
+        msg = f"checkpoints={checkpoints} and model={model}: give one of them."
+        raise ValueError(msg)
+    found = find_checkpoints(checkpoints, method, list(targets)) if checkpoints else {}
+    trained = {category: model or {"checkpoint": found[category]} for category in targets}
     settings = {
         "dataset": target.name,
         "categories": list(targets),
@@ -232,6 +239,7 @@ def main(
         "checkpoints": {
             category: {"file": path.name, "sha256": content_hash(path)} for category, path in found.items()
         },
+        "model": model,
         "shots": shots,
         "draws": draws,
         "rates": rates,
@@ -256,11 +264,11 @@ def main(
             progress.update(task, description=f"{category}: threshold of the source")
             others = [targets[other] for other in targets if other != category]
             source = CrossCategory(others, None, val_ratio, source_batch_size, source_batch_size, 0)
-            statistics = source_statistics(found[category], source)
+            statistics = source_statistics(trained[category], None if model else source)
             for cell in left:
                 progress.update(task, description=str(cell))
                 data = target_data(targets[category], cell)
-                append_cell(path, cell, measure(cell, data, found[category], statistics, rates))
+                append_cell(path, cell, measure(cell, data, trained[category], statistics, rates))
                 progress.advance(task)
     print(write_tables(output).to_string(index=False, float_format="{:.3f}".format))
 

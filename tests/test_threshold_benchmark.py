@@ -93,8 +93,15 @@ def test_a_whole_run(
 def test_configs_name_what_there_is() -> None:
     for path in CONFIGS.glob("threshold_*.yaml"):
         config = yaml.safe_load(path.read_text())
-        leaderboard = yaml.safe_load((CONFIGS / path.name.replace("threshold_", "shared_")).read_text())
-        assert config["checkpoints"] == f"{leaderboard['output']}/sources"
+        ready = "model" in config
+        board = path.name.replace("threshold_", "" if ready else "shared_")
+        leaderboard = yaml.safe_load((CONFIGS / board).read_text())
+        if ready:
+            assert config["model"] == {name: leaderboard[name] for name in ("backbone", "weights")} | {
+                "checkpoint": "ready"
+            }
+        else:
+            assert config["checkpoints"] == f"{leaderboard['output']}/sources"
         assert config["target"] == leaderboard["target"]
 
 
