@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Train ResAD on all products but one, show it that one through a few good photos, and look at the result.
+"""Three ways to inspect a product after a look at a few good photos: at once, after a training, on a device.
 
-A leaderboard (:mod:`benchmarks.leaderboard`) with one target: ResAD, the plain nearest-neighbor distance of the same
-features, and anomalib's Patchcore, on the same reference photos. Without ``--data`` the products are drawn
-(:mod:`benchmarks.products`).
+1. ``resad inspect``, with the head that comes with the package: nothing is trained.
+2. A training on the other products, in a leaderboard (:mod:`benchmarks.leaderboard`) with the plain distance of the
+   same features, the ready head, and anomalib's Patchcore, on the same reference photos.
+3. The trained model as a bundle, enrolled and run where PyTorch cannot be imported.
+
+Without ``--data`` the products are drawn (:mod:`benchmarks.products`).
 """
 
 import os
@@ -12,11 +15,15 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.table import Table
 
 from anomalib_resad import ProductFolder
 from anomalib_resad.method.backbone import FeaturePyramid, describe
 from anomalib_resad.method.backbone_weights import PYPI
+from anomalib_resad.ready_heads import READY, head_file
+from benchmarks.demo_steps import Step, few_photos, inspect_at_once, inspect_on_a_device, picture
 from benchmarks.leaderboard import main as leaderboard
+from benchmarks.maps import slug
 from benchmarks.products import PRODUCTS, make_product
 from benchmarks.quiet import ask_cache_if_offline, quiet_lightning
 
@@ -86,7 +93,7 @@ def main(
     seed: int = 0,
     output: Path = Path("demo"),
 ) -> None:
-    """Train on all products but the target, enroll the target, compare, draw a gallery.
+    """Inspect the target at once, train on the other products and compare, and do it again without PyTorch.
 
     Args:
         data: Folder of product folders in MVTec AD's layout; drawn products by default.
@@ -106,25 +113,53 @@ def main(
     root = data or drawn_products(output / "products", seed)
     target, others = split_products(root, target)
     name, weights, pre_trained = (backbone or BACKBONE, weights, True) if weights else choose_backbone(backbone)
-    layers = describe(name).default_layers
-    console.print(f"Training on {', '.join(others)} for {epochs} epochs; {target} is held out.")
+    good, steps = few_photos(root / target, k_shot, output / "good"), []
+    if pre_trained:
+        console.rule(f"1. {target}, {k_shot} good photos, nothing trained")
+        model = ["--backbone", name, *(["--weights", weights] if weights else [])]
+        steps = [inspect_at_once(root / target, good, output / "day_one", model, "at once, ready head")]
+        show(steps)
+        console.print(f"Look at {picture(output / 'day_one' / 'maps', output / 'day_one.png')}.", highlight=False)
+    console.rule(f"2. {target}, after a training on {', '.join(others)}")
+    compare(root, target, others, name, weights, pre_trained, k_shot, draws, epochs, seed, output)
+    console.rule("3. The trained model on a device without PyTorch")
+    checkpoint = next((output / "sources").glob(f"ResAD_without_{slug(target)}_*.ckpt"))
+    steps.append(inspect_on_a_device(root / target, good, checkpoint, output / "device", "trained, without PyTorch"))
+    show(steps)
+
+
+def compare(
+    root: Path,
+    target: str,
+    others: list[str],
+    backbone: str,
+    weights: Path | None,
+    pre_trained: bool,
+    k_shot: int,
+    draws: int,
+    epochs: int,
+    seed: int,
+    output: Path,
+) -> None:
+    """The leaderboard of one target."""
+    layers = describe(backbone).default_layers
+    resad = "anomalib_resad.ResAD"
+    ready = {"ResAD, ready head": {"class_path": resad, "init_args": {"checkpoint": READY}}}
+    has_head = pre_trained and head_file(backbone).is_file()
     workers = min(2, os.cpu_count() or 1)
     leaderboard(
         target=ProductFolder(root, ", ".join([*others, target]), eval_batch_size=8, num_workers=workers),
         categories=[target],
         methods={
-            "ResAD": {"class_path": "anomalib_resad.ResAD", "source_epochs": epochs},
-            "its distance": {
-                "class_path": "anomalib_resad.ResAD",
-                "init_args": {"estimator": "distance"},
-                "trained_as": "ResAD",
-            },
+            "ResAD": {"class_path": resad, "source_epochs": epochs},
+            **(ready if has_head else {}),
+            "its distance": {"class_path": resad, "init_args": {"estimator": "distance"}, "trained_as": "ResAD"},
             "Patchcore": {"class_path": "anomalib.models.Patchcore", "init_args": {"layers": layers[1:]}},
         },
         output=output,
         shots=[k_shot],
         draws=draws,
-        backbone=name,
+        backbone=backbone,
         layers=layers,
         weights=weights,
         pre_trained=pre_trained,
@@ -132,6 +167,14 @@ def main(
         seed=seed,
         source_batch_size=8,
     )
+
+
+def show(steps: list[Step]) -> None:
+    """Print what the steps found."""
+    table = Table("", "image AUROC", "defects found", "false alarms", "seconds")
+    for step in steps:
+        table.add_row(step.name, f"{100 * step.image_auroc:.1f}", step.found, step.false_alarms, f"{step.seconds:.0f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from anomalib_resad.ready_heads import head_file
 from benchmarks.products import make_product
 from tests import datasets_layouts
 from tests.conftest import installed
@@ -248,7 +249,11 @@ def test_demo(workplace: Path) -> None:
     for method in ("ResAD", "its distance", "Patchcore"):
         assert method in result.stdout
     lines = (workplace / "demo" / "results.csv").read_text().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 4 + head_file("tf_efficientnet_lite0").is_file()
+    assert "trained, without PyTorch" in result.stdout
+    if installed("tf_efficientnet_lite0"):
+        assert "at once, ready head" in result.stdout
+        assert (workplace / "demo" / "day_one.png").stat().st_size > 5_000
     assert (workplace / "demo" / "gallery.png").stat().st_size > 5_000
     assert (workplace / "demo" / "leaderboard.html").stat().st_size > 10_000
     refused = subprocess.run([*command, "--target", "nothing"], check=False, timeout=600, **options)

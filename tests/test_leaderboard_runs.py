@@ -142,7 +142,7 @@ def test_the_demo_compares_what_one_training_made(
 
     monkeypatch.setattr("benchmarks.leaderboard.measure", note)
     with pytest.raises(ValueError, match="not measured"):  # by the report, which finds no finished cell
-        demo.main(products, "tiles", weights, SMALL, k_shot=2, epochs=1, output=tmp_path / "demo")
+        demo.compare(products, "tiles", ["grain"], SMALL, weights, True, 2, 1, 1, 0, tmp_path / "demo")
     trained, distance = (models[name].model for name in ("ResAD", "its distance"))
     assert isinstance(distance.estimator, Distance)
     assert distance.encoder.join.learned
