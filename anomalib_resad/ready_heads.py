@@ -43,6 +43,7 @@ PROBE_SIDE = 64
 SAME = 0.02  # most difference of two probes of the same weights, which float32 and folded batch norms leave far below
 # Settings that a head is made for. Size and smoothing of the map are the user's.
 MADE_FOR = ("variant", "layers", *ARCHITECTURE)
+MADE_FOR_DISTANCE = ("variant", "layers", "match", "projection")  # which takes the keys of a head
 
 
 def head_file(backbone: str, folder: Path | None = None) -> Path:
@@ -134,7 +135,10 @@ def take_ready_head(module: Any, for_good: bool = False) -> None:  # noqa: ANN40
     if why is None:
         state = load_weights_only(path, "ready head")
         model.estimator = copy.deepcopy(model.estimator)
-        for name, part in {**_parts(module), "model.estimator.": model.estimator}.items():
+        parts = {**_parts(module), "model.estimator.": model.estimator}
+        if module.hparams["estimator"] == "distance":  # whose scores the head's threshold is not for
+            parts = {name: part for name, part in parts.items() if name.startswith("model.encoder.")}
+        for name, part in parts.items():
             own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
             part.load_state_dict(part.state_dict() | own)
         sources = read_card(path)["sources"]
@@ -167,7 +171,8 @@ def _unfit(module: Any, path: Path) -> str | None:  # noqa: ANN401  # a ResAD
         there = ", ".join(sorted(each.stem for each in path.parent.glob("*.safetensors"))) or "none yet"
         return f"There is no ready head for backbone '{name}' (there are: {there}). {train}"
     card = read_card(path)
-    other = [key for key in MADE_FOR if module.hparams[key] != card["settings"][key]]
+    decisive = MADE_FOR_DISTANCE if module.hparams["estimator"] == "distance" else MADE_FOR
+    other = [key for key in decisive if module.hparams[key] != card["settings"][key]]
     if other:
         made = ", ".join(f"{key}={card['settings'][key]}" for key in other)
         return f"The ready head of {path.stem} is for {made}. {train}"

@@ -122,6 +122,14 @@ def test_an_untrained_model_predicts_with_the_ready_head(
     assert for_good.hparams["checkpoint"] is None, "it is saved like any other model"
 
 
+def test_the_plain_distance_takes_the_keys_of_a_head(model: Callable[..., ResAD], heads: Path) -> None:
+    distance = model("own", checkpoint="ready", estimator="distance")
+    head = load_file(head_file("resnet18", heads))
+    assert torch.equal(distance.model.encoder.join.directions, head["model.encoder.join.directions"])
+    assert not distance.post_processor.has_statistics, "the head's threshold is for other scores"
+    assert not model("other", checkpoint="ready", estimator="distance").model.encoder.join.learned
+
+
 @pytest.mark.parametrize("file", ["own", "other"])  # the prediction takes the head, or the distance in its place
 def test_a_training_starts_fresh(
     model: Callable[..., ResAD], products: Path, new: list[Path], tmp_path: Path, file: str
