@@ -209,12 +209,16 @@ class FewShotReferences(Callback):
             self.calibrate(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Enroll the target; without a threshold of the source, it gets one of its own at the usual rate."""
+        """Enroll the target. Where the source has no threshold that holds, it gets one of its own at the usual rate.
+
+        That of a ready head does not: it was trained on drawn products, whose good photos differ less.
+        """
         self.enroll(trainer, pl_module)
         module = cast("Any", pl_module)
         post_processor, photos = module.post_processor, module.model.bank.record.photos
-        needs_one = isinstance(post_processor, RankKeepingPostProcessor) and not post_processor.has_statistics
-        self.calibrate(module, USUAL_RATE if needs_one and photos > 1 and not module.keeps_bank else None)
+        has_one = isinstance(post_processor, RankKeepingPostProcessor) and post_processor.has_statistics
+        needs_one = photos > 1 and not module.keeps_bank and (module.model.has_ready_head or not has_one)
+        self.calibrate(module, USUAL_RATE if needs_one else None)
 
     on_predict_start = on_test_start
 

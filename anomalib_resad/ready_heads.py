@@ -152,6 +152,7 @@ def take_ready_head(module: Any, for_good: bool = False) -> None:  # noqa: ANN40
         rank_zero_info(f"{why} The plain distance to the good photos is used, which finds fewer defects.")
     if isinstance(module.post_processor, RankKeepingPostProcessor):
         module.post_processor.keep_statistics = True
+    model.has_ready_head = why is None
 
 
 def _parts(module: Any) -> dict[str, nn.Module]:  # noqa: ANN401  # a ResAD
@@ -198,6 +199,7 @@ def give_back_ready_head(module: Any) -> None:  # noqa: ANN401  # a ResAD
         part.load_state_dict(kept[name].state_dict())
     if isinstance(module.post_processor, RankKeepingPostProcessor):
         module.post_processor.keep_statistics = False
+    module.model.has_ready_head = False
     module.untrained = None
 
 

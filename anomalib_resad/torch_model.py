@@ -52,6 +52,7 @@ class ResADModel(nn.Module):
         self.bank = bank
         self.estimator = estimator
         self.anomaly_map = anomaly_map
+        self.has_ready_head = False  # whether the estimator is a head of the package
 
     def forward(self, images: Tensor) -> InferenceBatch:
         """Score normalized images against the bank.

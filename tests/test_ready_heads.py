@@ -113,11 +113,12 @@ def test_an_untrained_model_predicts_with_the_ready_head(
     with printed() as said:
         scores = predicted(untrained, new, tmp_path)
     assert "Ready head of resnet18: trained on 2 products (drawn by benchmarks/sources" in said.getvalue()
-    assert "No threshold" not in said.getvalue()
+    assert "target false-alarm rate of 0.05" in said.getvalue(), "not the one of drawn products"
     head = load_file(head_file("resnet18", heads))
     assert torch.equal(untrained.model.estimator.power, head["model.estimator.power"])
     assert torch.equal(untrained.model.encoder.join.directions, head["model.encoder.join.directions"])
-    assert untrained.post_processor.image_threshold == head["post_processor._image_threshold"]
+    assert untrained.post_processor.source_thresholds[0] == head["post_processor._image_threshold"]
+    assert untrained.post_processor.image_threshold != head["post_processor._image_threshold"]
     for_good = model(file, checkpoint="ready")
     assert not for_good.is_trainable
     assert torch.equal(predicted(for_good, new, tmp_path), scores)
