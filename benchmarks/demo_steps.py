@@ -69,17 +69,12 @@ def judged(name: str, found: Path, seconds: float) -> Step:
     defective = [not row["photo"].startswith("good/") for row in rows]
     alarms = [row["label"] == "anomalous" for row in rows]
     scores = [float(row["raw_score"]) for row in rows]
-    caught, false = (
-        [alarm for alarm, is_defective in zip(alarms, defective, strict=True) if is_defective == kind]
-        for kind in (True, False)
-    )
-    return Step(
-        name,
-        float(auroc(scores, defective) or 0.0),
-        f"{sum(caught)} of {len(caught)}",
-        f"{sum(false)} of {len(false)}",
-        seconds,
-    )
+
+    def count(kind: bool) -> str:
+        own = [alarm for alarm, is_defective in zip(alarms, defective, strict=True) if is_defective == kind]
+        return f"{sum(own)} of {len(own)}" if all(row["label"] for row in rows) else "no threshold"
+
+    return Step(name, float(auroc(scores, defective) or 0.0), count(True), count(False), seconds)
 
 
 def inspect_at_once(product: Path, good: Path, output: Path, model: Sequence[object], name: str) -> Step:

@@ -152,10 +152,10 @@ class Results:
 
     def _write(self, row: Sequence[str], about: Mapping[str, Any]) -> None:
         """Write a row, first as JSON: what stands in the table stands there too."""
-        name, *_, error = row
+        name, *numbers, error = row
         content = {"photo": _text(name), **about} | ({"error": _text(error)} if error else {})
         _append(self._lines, (json.dumps(content) + "\n").encode())
-        _append(self._file, _line([_shown(each) for each in row]))
+        _append(self._file, _line([_shown(name), *numbers, _shown(error)]))
         self.count += 1
 
 
