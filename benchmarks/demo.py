@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from anomalib_resad import ProductFolder
 from anomalib_resad.method.backbone import FeaturePyramid, describe
@@ -171,7 +171,7 @@ def compare(
 
 def show(steps: list[Step]) -> None:
     """Print what the steps found."""
-    table = Table("", "image AUROC", "defects found", "false alarms", "seconds")
+    table = Table(Column("", no_wrap=True), "image AUROC", "defects found", "false alarms", "seconds")
     for step in steps:
         table.add_row(step.name, f"{100 * step.image_auroc:.1f}", step.found, step.false_alarms, f"{step.seconds:.0f}")
     console.print(table)

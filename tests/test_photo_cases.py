@@ -199,7 +199,7 @@ def test_anomalib_predict(cases: Path, good_photos: Path, tmp_path: Path) -> Non
     with pytest.raises(PhotoError, match="does not say how many it uses"):
         predicted(tmp_path, cases / "bit_depth", cases / "bit_depth")
     scores = predicted(tmp_path, cases / "bit_depth", cases / "bit_depth", bit_depth=12)
-    assert all(score == pytest.approx(0.5, abs=0.01) for score in scores.values()), "no distance to itself"
+    assert all(score < 0.5 for score in scores.values()), "no distance to itself, below the threshold of the references"
     with pytest.raises(PhotoError, match="8 bits a channel, where 12 are expected"):
         predicted(tmp_path, good_photos, cases / "bit_depth", bit_depth=12)
     scores = predicted(tmp_path, cases / "orientation", good_photos)
