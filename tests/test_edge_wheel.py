@@ -134,7 +134,7 @@ def test_enroll_and_predict_where_nothing_else_is(
         return " ".join((done.stdout + done.stderr).split())
 
     pip = (python, "-m", "pip", "install", "--quiet", "--no-index")
-    run(*pip, "--find-links", wheel.parent, "anomalib-resad[edge]")  # what it requires is there, or pip would fail
+    run(*pip, f"{wheel}[edge]")  # what it requires is there, or pip would fail
     assert "site-packages" in run(python, "-c", "import anomalib_resad; print(anomalib_resad.__file__)")
     run(python, "-c", f"import importlib; [importlib.import_module(name) for name in {sorted(modules - page_s())}]")
     for name in BLOCKED:

@@ -10,7 +10,6 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
@@ -162,7 +161,7 @@ class Api:
             "raw_score": found.raw_score,
             "label": label,
         }
-        result["regions"] = None if found.regions is None else [asdict(each) for each in found.regions]
+        result |= found.where()
         return result if picture == "none" else result | {"map": self._map(found, pixels, picture)}
 
     def _map(self, found: Prediction, pixels: np.ndarray, picture: MAPS) -> str:

@@ -29,22 +29,10 @@ Rate: TypeAlias = float | Literal["auto"] | None
 
 
 class Products:
-    """What a bundle knows; see :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`, which also inspects.
+    """What a bundle knows.
 
-    Args:
-        bundle (Path | str): Folder made by ``resad export``, or file made by ``resad bundle pack``.
-        device (str): OpenVINO device.
-        banks (Path | str | None): Folder of the products' banks; ``banks`` in the bundle by default, and beside a
-            packed one, ``<its name>.banks``.
-        threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
-        most_loaded (int): Most banks kept in memory, the least recently used dropped first.
-
-    Attributes:
-        size (int): Bytes of the bundle.
-
-    Raises:
-        BundleError: If the bundle cannot be used.
-        ValueError: If there is no such device, or a number is impossible.
+    Arguments, attributes and errors are those of :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`, which also
+    inspects.
     """
 
     def __init__(
@@ -160,7 +148,7 @@ class Products:
         lost where several threads or processes add to one product.
 
         Raises:
-            ValueError: If the product is not enrolled, or its bank was thinned out.
+            ValueError: If the product is not enrolled, or version 0.1.0 thinned out its bank.
             PhotoError: If a photo cannot be used.
             BankError: If the product was enrolled in another way meanwhile.
         """
