@@ -107,7 +107,7 @@ def test_what_is_wrong_is_said_and_changes_nothing(client: Any, inferencer: ResA
     assert refused.status_code == 422
     assert re.match(r"1 of the .* cannot be used. bad\.png: unreadable", refused.json()["detail"]), refused.text
     assert client.post("/v1/products/.tiles", files=photos(good[0])).status_code == 422
-    assert client.post("/v1/products/tiles").status_code == 422
+    assert client.post("/v1/products/tiles").status_code == 415
     large = [("photos", ("large.png", b"0" * 1_000_001))]
     assert client.post("/v1/products/tiles", files=large).status_code == 413
     assert inferencer.products == []

@@ -12,28 +12,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, Body, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import ValidationError
 from starlette.middleware import Middleware
 
 from anomalib_resad.deploy.bank import Bank, BankError, product_name
+from anomalib_resad.deploy.bodies import (
+    UNNAMED,
+    EnrollOptions,
+    InspectOptions,
+    Options,
+    Received,
+    Sent,
+    ThresholdOptions,
+    received,
+)
 from anomalib_resad.deploy.bundle import BundleError
+from anomalib_resad.deploy.descriptions import refusals, sentence, taking
 from anomalib_resad.deploy.guard import guards
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import printable, without_folders
 from anomalib_resad.deploy.metrics import Measured, Metrics
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.turns import Turns
-from anomalib_resad.enrollment.photos import PhotoError
+from anomalib_resad.enrollment.photos import Photo, PhotoError
 from anomalib_resad.enrollment.rotations import ORIENTATIONS
 from anomalib_resad.version import __version__
 
-MAPS = Literal["none", "overlay", "gray"]
+Photos = Annotated[Received, Depends(received)]
 
 
 class Api:
@@ -58,11 +71,11 @@ class Api:
         router.get("/metrics", include_in_schema=False)(self.figures)
         router.get("/v1/products")(self.products)
         router.get("/v1/products/{name}")(self.product)
-        router.post("/v1/products/{name}", status_code=201)(self.enroll)
-        router.delete("/v1/products/{name}", status_code=204)(self.remove)
-        router.post("/v1/products/{name}/photos")(self.add)
-        router.put("/v1/products/{name}/threshold")(self.set_threshold)
-        router.post("/v1/products/{name}/inspect")(self.inspect)
+        router.post("/v1/products/{name}", status_code=201, **taking(EnrollOptions, 409))(self.enroll)
+        router.delete("/v1/products/{name}", status_code=204, responses=refusals(404))(self.remove)
+        router.post("/v1/products/{name}/photos", **taking(Options, 404))(self.add)
+        router.put("/v1/products/{name}/threshold", responses=refusals(404, 422, 503))(self.set_threshold)
+        router.post("/v1/products/{name}/inspect", **taking(InspectOptions, 404))(self.inspect)
         return router
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -103,26 +116,25 @@ class Api:
         """One product: its photos, and its threshold of the raw score."""
         return self._about(self.inferencer.bank(self._known(name)))
 
-    def enroll(
-        self,
-        name: str,
-        photos: Annotated[list[UploadFile], File()],
-        rotations: Annotated[Literal["1", "8", "auto"] | None, Form()] = None,
-        threshold: Annotated[float | None, Form()] = None,
-        replace: Annotated[bool, Form()] = False,
-    ) -> dict[str, Any]:
+    def enroll(self, name: str, sent: Photos) -> dict[str, Any]:
         """Enroll a product from good photos; 409 if it is there, and not to be replaced."""
         name = product_name(name)
-        if name in self.inferencer.products and not replace:
+        options, photos = sent.read(EnrollOptions, self.max_upload_mb)
+        if name in self.inferencer.products and not options.replace:
             raise HTTPException(409, f"{name!r} is enrolled already. Add photos to it, or replace it (replace=true).")
-        turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[rotations]
-        with self.turns.turn(), self._files(photos) as files:
-            return self._about(self.inferencer.enroll(name, files, threshold, None, replace, turned))
+        turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[options.rotations]
+        rate = None if options.false_alarm_rate == "none" else options.false_alarm_rate
+        with self.turns.turn(), _files(photos) as files:
+            bank = self.inferencer.enroll(
+                name, files, options.threshold, None, options.replace, turned, options.bit_depth, rate
+            )
+        return self._about(bank)
 
-    def add(self, name: str, photos: Annotated[list[UploadFile], File()]) -> dict[str, Any]:
+    def add(self, name: str, sent: Photos) -> dict[str, Any]:
         """Add good photos to a product."""
         name = self._known(name)
-        with self.turns.turn(), self._files(photos) as files:
+        _, photos = sent.read(Options, self.max_upload_mb)
+        with self.turns.turn(), _files(photos) as files:
             return self._about(self.inferencer.add(name, files))
 
     def remove(self, name: str) -> Response:
@@ -130,33 +142,35 @@ class Api:
         self.inferencer.remove(self._known(name))
         return Response(status_code=204)
 
-    def set_threshold(
-        self, name: str, threshold: Annotated[float | None, Body(embed=True, allow_inf_nan=False)]
-    ) -> dict[str, Any]:
-        """Give a product its own threshold of the raw score, or with `null` the model's again."""
-        return self._about(self.inferencer.set_threshold(self._known(name), threshold))
+    def set_threshold(self, name: str, wanted: ThresholdOptions) -> dict[str, Any]:
+        """Give a product its own threshold: of the raw score (`null` for the model's again), or for a rate."""
+        name, given = self._known(name), wanted.model_fields_set
+        if len(given) != 1 or (given == {"false_alarm_rate"} and wanted.false_alarm_rate is None):
+            raise HTTPException(422, "Give either a threshold (null for the model's), or a false_alarm_rate.")
+        if wanted.false_alarm_rate is None:
+            return self._about(self.inferencer.set_threshold(name, wanted.threshold))
+        with self.turns.turn():  # photos may have to be compared with each other
+            return self._about(self.inferencer.calibrate(name, wanted.false_alarm_rate))
 
     # -- inspection ---------------------------------------------------------------------------------------------------
 
-    def inspect(self, name: str, photos: Annotated[list[UploadFile], File()], map: MAPS = "none") -> dict[str, Any]:  # noqa: A002
-        """Inspect photos. `map` asks for a PNG of each, in base64: over the photo, or gray (255 for 1)."""
+    def inspect(self, name: str, sent: Photos) -> dict[str, Any]:
+        """Inspect photos."""
         name = self._known(name)
-        contents = [self._content(each) for each in photos]
+        options, photos = sent.read(InspectOptions, self.max_upload_mb)
         with self.turns.turn():
-            results = [
-                self._inspected(name, each, content, map) for each, content in zip(photos, contents, strict=True)
-            ]
+            results = [self._inspected(name, each, options.map) for each in photos]
         return {"product": name, "threshold": self._threshold(self.inferencer.bank(name)), "results": results}
 
-    def _inspected(self, name: str, photo: UploadFile, content: bytes, picture: MAPS) -> dict[str, Any]:
+    def _inspected(self, name: str, sent: Sent, picture: str) -> dict[str, Any]:
         try:
-            found, pixels = self.inferencer.inspect(content, name)
+            found, pixels = self.inferencer.inspect(sent.photo(), name)
         except PhotoError as error:
-            return {"photo": photo.filename, "error": public(self.inferencer, error)}
+            return {"photo": sent.name, "error": public(self.inferencer, error)}
         self.metrics.count(name, found)
         label = None if found.label is None else ("anomalous" if found.label else "good")
         result: dict[str, Any] = {
-            "photo": photo.filename,
+            "photo": sent.name,
             "score": found.score,
             "raw_score": found.raw_score,
             "label": label,
@@ -164,7 +178,7 @@ class Api:
         result |= found.where()
         return result if picture == "none" else result | {"map": self._map(found, pixels, picture)}
 
-    def _map(self, found: Prediction, pixels: np.ndarray, picture: MAPS) -> str:
+    def _map(self, found: Prediction, pixels: np.ndarray, picture: str) -> str:
         content = io.BytesIO()
         if picture == "gray":
             drawn = Image.fromarray(np.round(np.clip(found.map, 0, 1) * 255).astype(np.uint8))
@@ -190,6 +204,7 @@ class Api:
             "bit_depth": bank.bit_depth,
             "threshold": self._threshold(bank),
             "own_threshold": bank.threshold is not None,
+            "false_alarm_rate": bank.false_alarm_rate,
         }
 
     def _threshold(self, bank: Bank) -> float | None:
@@ -197,24 +212,22 @@ class Api:
         threshold = float(scales_of(self.inferencer.manifest, bank)[0][0])
         return None if np.isnan(threshold) else threshold
 
-    def _content(self, photo: UploadFile) -> bytes:
-        content = photo.file.read(self.max_upload_mb * 1_000_000 + 1)
-        if len(content) > self.max_upload_mb * 1_000_000:
-            raise HTTPException(413, f"{photo.filename!r} is larger than {self.max_upload_mb} MB.")
-        return content
 
-    @contextmanager
-    def _files(self, photos: Sequence[UploadFile]) -> Iterator[list[Path]]:
-        """The photos as files, whose names are kept with the product."""
-        with TemporaryDirectory(prefix="resad-") as folder:
-            paths = []
-            for index, photo in enumerate(photos):
-                name = re.sub(r"[^\w. ()+-]", "_", re.split(r"[/\\]", photo.filename or "")[-1])[-50:].strip(" .")
-                path = Path(folder) / str(index) / (name or "photo")
+@contextmanager
+def _files(photos: Sequence[Sent]) -> Iterator[list[Photo]]:
+    """Photos as files, whose names are kept with the product; pixels stay as they are."""
+    with TemporaryDirectory(prefix="resad-") as folder:
+        paths: list[Photo] = []
+        for index, sent in enumerate(photos):
+            photo = sent.photo()
+            if isinstance(photo, bytes):
+                name = re.sub(r"[^\w. ()+-]", "_", re.split(r"[/\\]", sent.name)[-1])[-50:].strip(" .")
+                path = Path(folder) / str(index) / (name or UNNAMED)
                 path.parent.mkdir()
-                path.write_bytes(self._content(photo))
-                paths.append(path)
-            yield paths
+                path.write_bytes(photo)
+                photo = path
+            paths.append(photo)
+        yield paths
 
 
 def public(inferencer: ResADInferencer, error: Exception) -> str:
@@ -264,6 +277,12 @@ def application(
         status = 503 if isinstance(error, BankError | BundleError | OSError) else 422
         return JSONResponse({"detail": public(inferencer, error)}, status)
 
-    for kind in (ValueError, OSError):
-        app.add_exception_handler(kind, refused)
+    def misused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ValidationError | RequestValidationError)
+        return JSONResponse({"detail": printable(sentence(error.errors()))}, 422)
+
+    app.add_exception_handler(ValueError, refused)
+    app.add_exception_handler(OSError, refused)
+    app.add_exception_handler(ValidationError, misused)
+    app.add_exception_handler(RequestValidationError, misused)
     return app

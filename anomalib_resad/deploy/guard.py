@@ -26,6 +26,7 @@ LOCAL = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # no names under which a page is opened
 MOST_FILES = 20  # of one request; 2 to 8 are usual
 MOST_JSON = 1_000_000  # bytes of a request without files
+PRODUCTS = "/v1/products/"  # photos come to these addresses in bodies of any type
 SHORTEST_TOKEN = 16
 # What Gradio serves beside the page: video through ffmpeg, and files of other servers.
 CLOSED = ("/gradio_api/process_recording", "/gradio_api/proxy=", "/gradio_api/file=http")
@@ -103,15 +104,17 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] == "http":
             headers = Headers(scope=scope)
-            refused = self._refusal(scope["path"], headers)
+            with_photos = _is_form(headers) or (scope["method"] == "POST" and scope["path"].startswith(PRODUCTS))
+            most = self.most_bytes if with_photos else MOST_JSON
+            refused = self._refusal(scope["path"], headers, most)
             if refused is not None:
                 await refused(scope, receive, send)
                 return
             if scope["method"] == "POST":
                 await run_in_threadpool(self.tidy)
-            await self.app(scope, self._limited(headers, receive), _with_headers(send))
+            await self.app(scope, _limited(headers, receive, most), _with_headers(send))
 
-    def _refusal(self, path: str, headers: Headers) -> Response | None:
+    def _refusal(self, path: str, headers: Headers, most: int) -> Response | None:
         origin = headers.get("origin")
         if origin is not None and not self._is_own(origin, headers["host"]):
             return PlainTextResponse("Refused: this request comes from a page of another site.", 403)
@@ -120,8 +123,8 @@ class Guard:
             return PlainTextResponse("The token is needed, as password or bearer token.", 401, ask)
         if path.lower().startswith(CLOSED):
             return PlainTextResponse("Not served here.", 404)
-        if int(headers.get("content-length", "0")) > self._most(headers):
-            return PlainTextResponse(self._too_large(headers), 413)
+        if int(headers.get("content-length", "0")) > most:
+            return PlainTextResponse(_too_large(most), 413)
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
@@ -131,44 +134,43 @@ class Guard:
         except ValueError:
             return False
 
-    def _most(self, headers: Headers) -> int:
-        return self.most_bytes if _is_form(headers) else MOST_JSON
 
-    def _too_large(self, headers: Headers) -> str:
-        # "maximum allowed size" is what Gradio makes status 413 of.
-        return f"The request exceeds the maximum allowed size of {self._most(headers) / 1e6:.0f} MB."
+def _too_large(most: int) -> str:
+    # "maximum allowed size" is what Gradio makes status 413 of.
+    return f"The request exceeds the maximum allowed size of {most / 1e6:.0f} MB."
 
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
-        """Count bytes and files as they come; a sender may have said nothing, or something else, before."""
-        size = files = 0
 
-        def count() -> None:
-            nonlocal files
-            files += 1
-            if files > MOST_FILES:
-                msg = f"More than {MOST_FILES} files in a request. Send the others in another one."
-                raise MultiPartException(msg)
+def _limited(headers: Headers, receive: Receive, most: int) -> Receive:
+    """Count bytes and files as they come; a sender may have said nothing, or something else, before."""
+    size = files = 0
 
-        parser = None
-        if _is_form(headers):
-            boundary = parse_options_header(headers["content-type"])[1].get(b"boundary")
-            parser = MultipartParser(boundary, {"on_part_begin": count}) if boundary else None
+    def count() -> None:
+        nonlocal files
+        files += 1
+        if files > MOST_FILES:
+            msg = f"More than {MOST_FILES} files in a request. Send the others in another one."
+            raise MultiPartException(msg)
 
-        async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            body = message.get("body", b"")
-            size += len(body)
-            if size > self._most(headers):
-                raise MultiPartException(self._too_large(headers))
-            if parser is not None:
-                try:
-                    parser.write(body)
-                except MultipartParseError as error:
-                    raise MultiPartException(str(error)) from error
-            return message
+    parser = None
+    if _is_form(headers):
+        boundary = parse_options_header(headers["content-type"])[1].get(b"boundary")
+        parser = MultipartParser(boundary, {"on_part_begin": count}) if boundary else None
 
-        return limited
+    async def limited() -> Message:
+        nonlocal size
+        message = await receive()
+        body = message.get("body", b"")
+        size += len(body)
+        if size > most:
+            raise MultiPartException(_too_large(most))
+        if parser is not None:
+            try:
+                parser.write(body)
+            except MultipartParseError as error:
+                raise MultiPartException(str(error)) from error
+        return message
+
+    return limited
 
 
 def _is_form(headers: Headers) -> bool:

@@ -260,8 +260,8 @@ def _checked_array(array: np.ndarray, bit_depth: BitDepth) -> tuple[np.ndarray, 
         )
         raise PhotoError(msg)
     depth = int(bit_depth) if deep else 8
-    values = scaled(array, depth) if deep else array
-    return np.ascontiguousarray(values if color else np.repeat(values[:, :, None], 3, axis=2)), depth
+    values = scaled(array, depth) if deep else np.ascontiguousarray(array)
+    return decode_photo(Image.fromarray(values), 8)[0], depth  # a large one is reduced as a file is
 
 
 def check_photos(
