@@ -72,6 +72,8 @@ def test_scores_are_those_of_the_inferencer(
     assert f'resad_score_count{{product="tiles"}} {float(2 * len(sent) + 1)}' in figures
     assert 'resad_request_seconds_count{route="/v1/products/{name}/inspect"} 3.0' in figures
     assert "resad_queue 0.0" in figures
+    assert client.put("/v1/products/tiles/min_area", json={"min_area": 7}).json()["min_area"] == 7
+    assert client.put("/v1/products/tiles/min_area", json={"min_area": -7}).status_code == 422
     told = client.put("/v1/products/tiles/threshold", json={"threshold": None}).json()
     assert not told["own_threshold"]
 
@@ -148,6 +150,7 @@ def test_state_and_description(client: Any, inferencer: ResADInferencer) -> None
         *(("/v1/products/{name}", verb) for verb in ("get", "post", "delete")),
         ("/v1/products/{name}/photos", "post"),
         ("/v1/products/{name}/threshold", "put"),
+        ("/v1/products/{name}/min_area", "put"),
         ("/v1/products/{name}/inspect", "post"),
     }
 

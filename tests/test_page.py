@@ -122,6 +122,19 @@ def test_a_threshold_from_the_photos(page: Page, good: list[Path], new: list[Pat
         page.calibrate(None, 5)
 
 
+def test_small_places_are_left_out(page: Page, good: list[Path], new: list[Path]) -> None:
+    page.enroll("tiles", [str(path) for path in good[:2]])
+    page.inferencer.set_threshold("tiles", -1e6)
+    before = page.inspect(str(new[0]), "tiles", 0.5)[1]
+    assert before.places
+    _, _, verdict, _, now = page.leave_out("tiles", 64 * 64 + 1, before)
+    assert "under 4,097 pixels are left out" in verdict
+    assert now.places == ""
+    assert page.verdict(before, "tiles", 0.5) == CHANGED
+    with pytest.raises(gradio.Error, match="min_area=-1"):
+        page.leave_out("tiles", -1)
+
+
 def test_a_verdict_is_of_one_product_as_it_was(page: Page, good: list[Path], new: list[Path]) -> None:
     for name in ("tiles", "others"):
         page.enroll(name, [str(path) for path in good[:2]])

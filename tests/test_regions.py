@@ -167,6 +167,34 @@ def test_sizes_are_those_of_the_files(inferencer: ResADInferencer, good: list[Pa
     assert inferencer.predict(Image.new("L", (50, 30)), "regions").size == (30, 50)
 
 
+def test_a_product_has_a_minimum_area(inferencer: ResADInferencer, good: list[Path]) -> None:
+    """It stays when photos are added, removed or replaced, and a bank without one is the file that it always was."""
+    most = 64 * 64
+    plain = inferencer.enroll("regions", good[:2], threshold=-1e6, rotations=1)
+    assert "min_area" not in plain._metadata()
+    assert inferencer.set_min_area("regions", most + 1).min_area == most + 1
+    inferencer.add("regions", good[2:3])
+    inferencer.remove("regions", good[2].name)
+    inferencer.set_threshold("regions", -2e6)
+    kept = inferencer.enroll("regions", good[:2], rotations=1, replace_existing=True)
+    assert (kept.min_area, kept.threshold) == (most + 1, -2e6)
+    found = ResADInferencer(inferencer.bundle, banks=inferencer.banks).predict(good[3], "regions")
+    assert found.label
+    assert found.regions == (), "as the file of the bank says"
+    for least, count in ((most, 1), (most + 1, 0)):
+        inferencer.enroll("regions", good[:2], rotations=1, replace_existing=True, min_area=least)
+        assert [len(each.regions or ()) for each in inferencer.predict_batch(good[3:5], "regions")] == [count] * 2
+    assert inferencer.set_min_area("regions", 0).checksum == replace(plain, threshold=-2e6).checksum
+    with pytest.raises(ValueError, match="not enrolled"):
+        inferencer.set_min_area("others", 1)
+    for change in (
+        inferencer.set_min_area,
+        lambda name, least: inferencer.enroll(f"{name} 2", good[:1], min_area=least),
+    ):
+        with pytest.raises(ValueError, match="min_area=-3"):
+            change("regions", -3)
+
+
 def lines(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
@@ -196,3 +224,8 @@ def test_the_command_writes_regions(bundle: Path, good: list[Path], new: list[Pa
     assert lines(output)[0]["regions"] == [], "the option belongs to the mark: nothing of the earlier run was kept"
     with pytest.raises(ValueError, match="min_area=-1"):
         cli.predict(bundle, "tiles", photos, output, tmp_path / "banks", min_area=-1)
+    inferencer.set_min_area("tiles", 64 * 64 + 1)
+    for least, count in ((None, 0), (1, 1)):
+        with pytest.raises(SystemExit):
+            cli.predict(bundle, "tiles", photos, output, tmp_path / "banks", min_area=least)
+        assert len(lines(output)[0]["regions"]) == count, "the product's own, unless another is given"

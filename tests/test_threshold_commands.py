@@ -62,6 +62,13 @@ def test_thresholds_as_commands(device: Device, good: list[Path], tmp_path: Path
     assert "several thresholds" in device("threshold", "--product", "tiles", "--rate", "0.1", "--model", status=2)
     assert "must be a share" in device("threshold", "--product", "tiles", "--rate", "5", status=2)
     assert "the model's threshold" in device("enroll", *both, "--mode", "replace"), "as it was chosen"
+    assert "fewer than 500 pixels are left out" in device("threshold", "--product", "tiles", "--min_area", "500")
+    assert "min_area=-1 must be a number of pixels" in device(
+        "threshold", "--product", "tiles", "--min_area", "-1", status=2
+    )
+    device("enroll", *both, "--mode", "replace", "--min_area", "40")
+    assert "fewer than 40 pixels" in device("threshold", "--product", "tiles")
+    assert "min_area=4)" in device("enroll", *both, "--mode", "add", "--min_area", "4", status=2)
     device("products", "--remove", "tiles")
     assert "the model's threshold" in device("enroll", *both, "--false_alarm_rate", "null")
 

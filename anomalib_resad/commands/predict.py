@@ -25,7 +25,7 @@ def predict(
     output: Path,
     banks: Path | None = None,
     resume: bool = False,
-    min_area: int = 0,
+    min_area: int | None = None,
 ) -> None:
     """Inspect photos: a map over each with boxes (PNG), a table (results.csv), and regions (results.jsonl).
 
@@ -39,9 +39,9 @@ def predict(
         output: Folder for the results.
         banks: Folder of the products' banks, if not in the bundle.
         resume: Keep the rows of an earlier run whose photo, bank and model are the same, and inspect the others.
-        min_area: Fewest pixels of a region, of the photo; smaller ones are left out.
+        min_area: Fewest pixels of a region, of the photo, instead of the product's own.
     """
-    check_min_area(min_area)
+    check_min_area(min_area or 0)
     inferencer = ResADInferencer(bundle, banks=banks)
     inferencer.bank(product)
     root = photos if photos.is_dir() else photos.parent
@@ -64,7 +64,7 @@ def predict(
                 except PhotoError as error:
                     results.fail(name, str(error))
                     continue
-                found = replace(found, min_area=min_area)
+                found = found if min_area is None else replace(found, min_area=min_area)
                 results.add(name, found, found.picture(pixels, stretch), mark)
         except (KeyboardInterrupt, Exception) as error:
             why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)

@@ -29,6 +29,7 @@ def enroll(
     rotations: Rotations | None = None,
     bit_depth: BitDepth = "auto",
     false_alarm_rate: Rate = "auto",
+    min_area: int | None = None,
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -49,22 +50,26 @@ def enroll(
         false_alarm_rate: Share of good photos that may alarm: the product gets a threshold of its own, from how its
             photos score against each other. null for the model's threshold. By default 0.05, if the bundle knows how
             far scores scatter.
+        min_area: Fewest pixels of a region that is found, of the photo; smaller ones are left out. Change it later with
+            `resad threshold`.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate)
-    if mode == "add" and chosen != (None, None, None, "auto", "auto"):
+    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area)
+    if mode == "add" and chosen != (None, None, None, "auto", "auto", None):
         msg = (
-            f"--mode add keeps the product's threshold, rotations and bit depth (given: threshold={threshold}, "
+            f"--mode add keeps the product's settings (given: threshold={threshold}, "
             f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}, "
-            f"false_alarm_rate={false_alarm_rate}). Leave them out, or use --mode replace with all photos."
+            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}). Leave them out, or use --mode replace with "
+            "all photos."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
         if mode == "add":
             bank = inferencer.add(product, photos)
         else:
+            replaces = mode == "replace"
             bank = inferencer.enroll(
-                product, photos, threshold, max_patches, mode == "replace", rotations, bit_depth, false_alarm_rate
+                product, photos, threshold, max_patches, replaces, rotations, bit_depth, false_alarm_rate, min_area
             )
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""

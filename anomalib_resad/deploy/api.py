@@ -26,6 +26,7 @@ from starlette.middleware import Middleware
 from anomalib_resad.deploy.bank import Bank, BankError, product_name
 from anomalib_resad.deploy.bodies import (
     UNNAMED,
+    AreaOptions,
     EnrollOptions,
     InspectOptions,
     Options,
@@ -75,6 +76,7 @@ class Api:
         router.delete("/v1/products/{name}", status_code=204, responses=refusals(404))(self.remove)
         router.post("/v1/products/{name}/photos", **taking(Options, 404))(self.add)
         router.put("/v1/products/{name}/threshold", responses=refusals(404, 422, 503))(self.set_threshold)
+        router.put("/v1/products/{name}/min_area", responses=refusals(404, 422, 503))(self.set_min_area)
         router.post("/v1/products/{name}/inspect", **taking(InspectOptions, 404))(self.inspect)
         return router
 
@@ -125,9 +127,8 @@ class Api:
         turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[options.rotations]
         rate = None if options.false_alarm_rate == "none" else options.false_alarm_rate
         with self.turns.turn(), _files(photos) as files:
-            bank = self.inferencer.enroll(
-                name, files, options.threshold, None, options.replace, turned, options.bit_depth, rate
-            )
+            given = (options.threshold, None, options.replace, turned, options.bit_depth, rate, options.min_area)
+            bank = self.inferencer.enroll(name, files, *given)
         return self._about(bank)
 
     def add(self, name: str, sent: Photos) -> dict[str, Any]:
@@ -151,6 +152,10 @@ class Api:
             return self._about(self.inferencer.set_threshold(name, wanted.threshold))
         with self.turns.turn():  # photos may have to be compared with each other
             return self._about(self.inferencer.calibrate(name, wanted.false_alarm_rate))
+
+    def set_min_area(self, name: str, wanted: AreaOptions) -> dict[str, Any]:
+        """Change the fewest pixels of a region that is found."""
+        return self._about(self.inferencer.set_min_area(self._known(name), wanted.min_area))
 
     # -- inspection ---------------------------------------------------------------------------------------------------
 
@@ -205,6 +210,7 @@ class Api:
             "threshold": self._threshold(bank),
             "own_threshold": bank.threshold is not None,
             "false_alarm_rate": bank.false_alarm_rate,
+            "min_area": bank.min_area,
         }
 
     def _threshold(self, bank: Bank) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import check_rate, product_threshold
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import Reference
@@ -47,6 +48,7 @@ class Bank:
             or removed; ``None`` for one that somebody set, and for the model's.
         leave_one_out (tuple[float, ...] | None): Raw score of each photo against the others, none of a single one;
             ``None`` in banks of 0.1.0.
+        min_area (int): Fewest pixels of a region that is found, of the photo.
     """
 
     product: str
@@ -59,6 +61,7 @@ class Bank:
     bit_depth: int = 8
     false_alarm_rate: float | None = None
     leave_one_out: tuple[float, ...] | None = None
+    min_area: int = 0
 
     @property
     def size(self) -> int:
@@ -92,11 +95,21 @@ class Bank:
         threshold = product_threshold(self.leave_one_out, spread, rate) if self.leave_one_out else None
         return replace(self.with_threshold(threshold), false_alarm_rate=float(rate))
 
+    def with_min_area(self, min_area: int) -> "Bank":
+        """The same bank with another minimum area of regions.
+
+        Raises:
+            ValueError: If it is no number of pixels.
+        """
+        check_min_area(min_area)
+        return replace(self, min_area=min_area)
+
     def judged_as(self, other: "Bank", spread: float) -> "Bank":
-        """The same bank with the threshold of another one, or with that for the rate of the other one."""
+        """The same bank with the threshold of another one, or that for its rate, and with its minimum area."""
+        bank = self.with_min_area(other.min_area)
         if other.false_alarm_rate is None:
-            return self.with_threshold(other.threshold)
-        return self.with_rate(other.false_alarm_rate, spread)
+            return bank.with_threshold(other.threshold)
+        return bank.with_rate(other.false_alarm_rate, spread)
 
     @cached_property
     def checksum(self) -> str:
@@ -109,7 +122,9 @@ class Bank:
         write_whole(path, save(self.arrays, {ENTRY: metadata}))
 
     def _metadata(self) -> dict[str, str]:
-        return {
+        # What is as it always was is left out, so that equal banks of earlier versions are equal files.
+        added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
+        return added | {
             "format": FORMAT,
             "product": self.product,
             "encoder": self.encoder,

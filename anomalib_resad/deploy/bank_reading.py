@@ -13,6 +13,7 @@ from safetensors.numpy import load
 from anomalib_resad.deploy.bank import ENTRY, FORMAT, Bank, BankError, checksum_of
 from anomalib_resad.deploy.bank_rows import is_whole
 from anomalib_resad.deploy.bundle import Manifest, strict_json
+from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import check_bit_depth
 from anomalib_resad.enrollment.photos import Reference
@@ -65,6 +66,7 @@ def _read(path: Path) -> Bank:
         bit_depth=json.loads(metadata.get("bit_depth", "8")),
         false_alarm_rate=json.loads(metadata.get("false_alarm_rate", "null")),
         leave_one_out=None if scores is None else tuple(scores),
+        min_area=json.loads(metadata.get("min_area", "0")),
     )
 
 
@@ -86,6 +88,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         _check_scores(bank)
         check_rotations(bank.rotations)
         check_bit_depth(bank.bit_depth)
+        check_min_area(bank.min_area)
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error

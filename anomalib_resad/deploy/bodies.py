@@ -51,6 +51,7 @@ class EnrollOptions(Options):
         description="Share of good photos that may alarm, for a threshold from the product's photos; none for the "
         "model's threshold.",
     )
+    min_area: int | None = Field(None, description="Fewest pixels of a region; by default as before, or 0.")
     replace: bool = Field(False, description="Replace the product if it is there.")
 
 
@@ -67,6 +68,12 @@ class ThresholdOptions(Options):
 
     threshold: float | None = Field(None, description="Of the raw score; null for the model's.")
     false_alarm_rate: float | None = Field(None, description="Share of good photos that may alarm.")
+
+
+class AreaOptions(Options):
+    """A product's minimum area."""
+
+    min_area: int = Field(description="Fewest pixels of a region that is found, of the photo.")
 
 
 # -- photos -----------------------------------------------------------------------------------------------------------

@@ -76,6 +76,13 @@ class ResADInferencer(Products):
             msg = f"The model gave scores of NaN or infinity on {self.device}. Export it anew, or use another device."
             raise BundleError(msg)
         return [
-            Prediction(float(score), None if above is None else bool(score > above), anomaly_map, float(raw), size)
+            Prediction(
+                float(score),
+                None if above is None else bool(score > above),
+                anomaly_map,
+                float(raw),
+                size,
+                bank.min_area,
+            )
             for score, anomaly_map, raw, (_, size) in zip(normalized, normalized_maps, scores, encoded, strict=True)
         ]

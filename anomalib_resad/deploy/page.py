@@ -63,7 +63,7 @@ def _places(found: Prediction) -> str:
 
 def _state(bank: Bank) -> tuple[Any, ...]:
     """Tells whether a product is still the one that a score was computed with: its photos, and its scale."""
-    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold
+    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold, bank.min_area
 
 
 def _chosen(product: str | None) -> str:
@@ -214,8 +214,15 @@ class Page:
                 bank = self.inferencer.calibrate(name, float(percent) / 100)
             return self._judged_anew(name, f"**{name}** has {threshold_of(self.inferencer.manifest, bank)}.", last)
 
+    def leave_out(self, product: str | None, min_area: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
+        """Leave out regions of fewer pixels of the photo, and inspect anew."""
+        with self._shown():
+            name = _chosen(product)
+            bank = self.inferencer.set_min_area(name, int(min_area or 0))
+            return self._judged_anew(name, f"Regions of **{name}** under {bank.min_area:,} pixels are left out.", last)
+
     def _judged_anew(self, product: str, said: str, last: Inspection | None) -> tuple[Any, ...]:
-        """What is shown once a product has another threshold."""
+        """What is shown once a product is judged in another way."""
         if last is None or last.product != product or not Path(last.photo).exists():
             picture, now, _, verdict = self.clear(last)
         else:

@@ -29,7 +29,7 @@ class Prediction:
         map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input.
         raw_score (float): The score before normalization, which thresholds of products refer to.
         photo_size (tuple[int, int] | None): Height and width of the photo in pixels; ``None`` for those of the map.
-        min_area (int): Fewest pixels of a region, of the photo.
+        min_area (int): Fewest pixels of a region, of the photo; the product's.
     """
 
     score: float

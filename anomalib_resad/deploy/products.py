@@ -2,7 +2,6 @@
 
 """The products of a bundle: enroll them, change them, and give them thresholds, with OpenVINO alone."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,11 +11,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from anomalib_resad.deploy.bank import Bank, BankError, bank_file, product_name
-from anomalib_resad.deploy.bank_rows import is_whole, leave_one_out, rows_of_photos
-from anomalib_resad.deploy.bank_store import BankStore
-from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
-from anomalib_resad.deploy.runtime import Runtime
-from anomalib_resad.deploy.watch import Watch
+from anomalib_resad.deploy.bank_rows import leave_one_out, rows_of_photos
+from anomalib_resad.deploy.model import Model
+from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
@@ -28,41 +25,12 @@ Photos: TypeAlias = str | Path | Iterable[Photo]
 Rate: TypeAlias = float | Literal["auto"] | None
 
 
-class Products:
-    """What a bundle knows.
+class Products(Model):
+    """A bundle whose products can be changed.
 
     Arguments, attributes and errors are those of :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`, which also
     inspects.
     """
-
-    def __init__(
-        self,
-        bundle: Path | str,
-        device: str = "CPU",
-        banks: Path | str | None = None,
-        threads: int | None = None,
-        most_loaded: int = 32,
-    ) -> None:
-        self.bundle = Path(bundle)
-        self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
-        self.banks = banks_of(self.bundle, banks)
-        self.device = device
-        self.size = sum(map(len, files.values()))
-        self._runtime = Runtime(files, device, threads)
-        self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
-
-    def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
-        """Run one of the two models."""
-        return self._runtime.run(file, inputs)
-
-    def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
-        return self._run(ENCODER, [pixels])
-
-    @property
-    def products(self) -> list[str]:
-        """Names of the enrolled products, sorted."""
-        return self._store.products
 
     def enroll(
         self,
@@ -74,6 +42,7 @@ class Products:
         rotations: Rotations | None = None,
         bit_depth: BitDepth = "auto",
         false_alarm_rate: Rate = "auto",
+        min_area: int | None = None,
     ) -> Bank:
         """Learn a product from good photos.
 
@@ -95,6 +64,8 @@ class Products:
                 computed from its photos, and again when some are added or removed; of a single photo the model's stays.
                 ``None`` for the model's. ``"auto"`` for what the product had that is replaced; of a new one,
                 :data:`~anomalib_resad.enrollment.calibration.USUAL_RATE` if the bundle knows how far scores scatter.
+            min_area (int | None): Fewest pixels of a region that is found, of the photo, kept with the product;
+                ``None`` for what the product had that is replaced, of a new one 0.
 
         Raises:
             ValueError: If the product exists, its name is no file name, or a number is impossible.
@@ -111,29 +82,39 @@ class Products:
                 msg = f"threshold={threshold} and false_alarm_rate={false_alarm_rate} are two thresholds. Give one."
                 raise ValueError(msg)
         check_bit_depth(bit_depth)
+        check_min_area(min_area or 0)
         rotations = self.manifest.rotations if rotations is None else rotations
         features, orientations, depth = self._features_of(photos, rotations, bit_depth)
         if not features:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        bank = self._bank_of(name, features, orientations, depth, max_patches).with_threshold(threshold)
+        bank = self._bank_of(name, features, orientations, depth, max_patches)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
-            before = self._earlier(name) if false_alarm_rate == "auto" else None
-            if threshold is None and before is not None:
-                bank = bank.judged_as(before, self.manifest.scatter)
-            elif threshold is None:
-                usual = None if self.manifest.spread is None else USUAL_RATE
-                rate = usual if false_alarm_rate == "auto" else false_alarm_rate
-                bank = bank.with_rate(rate, self.manifest.scatter)
-            return self._store.write(bank)
+            before = self._earlier(name)
+            kept = 0 if before is None else before.min_area
+            judged = self._judged(bank, before, threshold, false_alarm_rate)
+            return self._store.write(judged.with_min_area(kept if min_area is None else min_area))
+
+    def _judged(self, bank: Bank, before: Bank | None, threshold: float | None, rate: Rate) -> Bank:
+        """A new bank with the threshold that was asked for, else that of the bank that it replaces, else the usual."""
+        if threshold is not None:
+            return bank.with_threshold(threshold)
+        if rate == "auto" and before is not None:
+            return bank.judged_as(before, self.manifest.scatter)
+        usual = None if self.manifest.spread is None else USUAL_RATE
+        return bank.with_rate(usual if rate == "auto" else rate, self.manifest.scatter)
 
     def _earlier(self, name: str) -> Bank | None:
-        """The bank that is replaced; a threshold in one that cannot be read, or is of another model, is lost."""
+        """The bank that is replaced; what was set in one that cannot be read is lost."""
         try:
             return self.bank(name) if bank_file(self.banks, name).exists() else None
         except BankError as error:
-            logger.warning("If %r had a threshold of its own, set it again: its bank was unusable. %s", name, error)
+            logger.warning(
+                "If %r had a threshold of its own, set it again, and so a minimum area: its bank was unusable. %s",
+                name,
+                error,
+            )
             return None
 
     def _check_new(self, name: str, replace_existing: bool) -> None:
@@ -200,6 +181,16 @@ class Products:
         with self._store.changing(name):
             return self._store.write(self.bank(name).with_threshold(threshold))
 
+    def set_min_area(self, name: str, min_area: int) -> Bank:
+        """Change the fewest pixels of a region that is found in photos of a product; 0 for regions of any size.
+
+        Raises:
+            ValueError: If the product is not enrolled, or it is no number of pixels.
+        """
+        self._store.check_enrolled(name)
+        with self._store.changing(name):
+            return self._store.write(self.bank(name).with_min_area(min_area))
+
     def calibrate(self, name: str, rate: float) -> Bank:
         """Give a product the threshold that a share of good photos exceeds, from the scores of its own photos.
 
@@ -217,38 +208,6 @@ class Products:
                 raise ValueError(msg)
             return self._store.write(bank.with_rate(rate, self.manifest.scatter))
 
-    def bank(self, name: str) -> Bank:
-        """The bank of a product.
-
-        Raises:
-            ValueError: If it is not enrolled.
-            BankError: If its file cannot be used.
-        """
-        return self._store.load(name)[0]
-
-    def searched(self, name: str) -> Rows:
-        """The rows of a product that a search looks through, per level ``(N, C_l)``, as the detector takes them.
-
-        Raises:
-            ValueError: If it is not enrolled.
-            BankError: If its file cannot be used.
-        """
-        return self._store.load(name)[1]
-
-    def fingerprint(self, name: str) -> str:
-        """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""
-        return hashlib.sha256(f"{self.manifest} {self.bank(name).checksum}".encode()).hexdigest()
-
-    def _whole_bank(self, name: str) -> Bank:
-        bank = self.bank(name)
-        if not is_whole(bank, self.manifest):
-            msg = (
-                f"{name!r} was thinned out by an earlier version (max_patches={bank.max_patches}): its rows do not "
-                "tell which photo they are of. Enroll it again from all its photos."
-            )
-            raise ValueError(msg)
-        return bank
-
     def _features_of(
         self, photos: Photos, rotations: Rotations, bit_depth: BitDepth
     ) -> tuple[dict[Reference, Rows], int, int]:
@@ -257,10 +216,6 @@ class Products:
         read = read_references(listed, bit_depth)
         rows, orientations = enrolled_rows(read.values(), self._encode_rows, self.manifest.keyed, rotations)
         return dict(zip(read, rows, strict=True)), orientations, read.bit_depth
-
-    def _encode_rows(self, pixels: np.ndarray) -> Rows:
-        features = self.encode(pixels[None])
-        return [np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features]
 
     def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
         """The same product of other photos."""
@@ -278,5 +233,5 @@ class Products:
         )
 
     def _with_scores(self, bank: Bank) -> Bank:
-        scores = leave_one_out(bank, self.manifest, lambda inputs: float(self._run(DETECTOR, list(inputs))[0][0]))
+        scores = leave_one_out(bank, self.manifest, self._score)
         return replace(bank, leave_one_out=scores)

@@ -44,7 +44,7 @@ def build(page: Page) -> gr.Blocks:
         gr.Markdown("# ResAD\nEnroll a product with a few good photos, then inspect new ones.")
         found = gr.State(None)
         with gr.Tab("Inspect") as inspecting, gr.Row():
-            product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate = _inspect_tab(page)
+            product, photo, inspect, picture, verdict, threshold, keep, *settings = _inspect_tab(page)
         with gr.Tab("Products") as managing, gr.Row():
             name, *of_photos, enroll, remove, message, table = _products_tab(page)
         # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
@@ -65,7 +65,12 @@ def build(page: Page) -> gr.Blocks:
         done.success(page.in_place(page.fitting, nothing), chosen, shown, **quiet)
         # Of a user alone: where an action sets the slider, it says its own verdict.
         threshold.input(page.verdict, [found, product, threshold], verdict, **quiet)
-        for button, action, value in ((keep, page.keep_threshold, threshold), (calibrate, page.calibrate, percent)):
+        percent, calibrate, min_area, leave_out = settings
+        for button, action, value in (
+            (keep, page.keep_threshold, threshold),
+            (calibrate, page.calibrate, percent),
+            (leave_out, page.leave_out, min_area),
+        ):
             button.click(
                 page.in_place(action, [gr.skip(), gr.skip(), REFUSED, gr.skip(), gr.skip()]),
                 [product, value, found],
@@ -122,7 +127,10 @@ def _inspect_tab(page: Page) -> tuple[Any, ...]:
                 buttons=[],
             )
             calibrate = gr.Button("Set the threshold from the product's photos", elem_id="calibrate")
-    return product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate
+        with gr.Row():
+            min_area = gr.Number(0, label="Fewest pixels of a place that is found", elem_id="min_area", buttons=[])
+            leave_out = gr.Button("Leave out smaller places", elem_id="leave_out")
+    return product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate, min_area, leave_out
 
 
 def _products_tab(page: Page) -> tuple[Any, ...]:

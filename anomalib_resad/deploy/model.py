@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""A bundle that is open: its two models, and the banks of its products."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank_rows import is_whole
+from anomalib_resad.deploy.bank_store import BankStore
+from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
+from anomalib_resad.deploy.runtime import Runtime
+from anomalib_resad.deploy.watch import Watch
+from anomalib_resad.enrollment.rotations import Rows
+
+
+class Model:
+    """What a bundle knows.
+
+    Arguments, attributes and errors are those of :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`.
+    """
+
+    def __init__(
+        self,
+        bundle: Path | str,
+        device: str = "CPU",
+        banks: Path | str | None = None,
+        threads: int | None = None,
+        most_loaded: int = 32,
+    ) -> None:
+        self.bundle = Path(bundle)
+        self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
+        self.banks = banks_of(self.bundle, banks)
+        self.device = device
+        self.size = sum(map(len, files.values()))
+        self._runtime = Runtime(files, device, threads)
+        self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
+
+    def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Run one of the two models."""
+        return self._runtime.run(file, inputs)
+
+    def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
+        return self._run(ENCODER, [pixels])
+
+    @property
+    def products(self) -> list[str]:
+        """Names of the enrolled products, sorted."""
+        return self._store.products
+
+    def _encode_rows(self, pixels: np.ndarray) -> Rows:
+        features = self.encode(pixels[None])
+        return [np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features]
+
+    def bank(self, name: str) -> Bank:
+        """The bank of a product.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name)[0]
+
+    def searched(self, name: str) -> Rows:
+        """The rows of a product that a search looks through, per level ``(N, C_l)``, as the detector takes them.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name)[1]
+
+    def fingerprint(self, name: str) -> str:
+        """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""
+        return hashlib.sha256(f"{self.manifest} {self.bank(name).checksum}".encode()).hexdigest()
+
+    def _whole_bank(self, name: str) -> Bank:
+        bank = self.bank(name)
+        if not is_whole(bank, self.manifest):
+            msg = (
+                f"{name!r} was thinned out by an earlier version (max_patches={bank.max_patches}): its rows do not "
+                "tell which photo they are of. Enroll it again from all its photos."
+            )
+            raise ValueError(msg)
+        return bank
+
+    def _score(self, features_and_rows: Sequence[np.ndarray]) -> float:
+        """Raw score of one photo: its features, then the rows of a bank."""
+        return float(self._run(DETECTOR, list(features_and_rows))[0][0])
