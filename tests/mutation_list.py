@@ -123,6 +123,8 @@ MUTATIONS = [
     Mutation("enrollment/image_size.py", "width for height", "math.log(height / width)", "math.log(width / height)",
              "test_image_size"),
     Mutation("enrollment/rotations.py", "never rotated", "ROTATED = 0.85", "ROTATED = 0.1", "test_enrollment"),
+    Mutation("enrollment/rotations.py", "all photos are rotated to find out", "LOOKED_AT = 2 ", "LOOKED_AT = 8 ",
+             "test_enrollment"),
     Mutation("enrollment/rotations.py", "clockwise", ".rotate(degrees,", ".rotate(-degrees,", "test_enrollment"),
     Mutation("enrollment/decoding.py", "white is that of 16 bits", "white = (1 << depth) - 1", "white = 65535",
              "test_pixels"),

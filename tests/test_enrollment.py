@@ -66,10 +66,24 @@ def test_only_products_that_are_rotated_are_rotated() -> None:
         return [np.clip(part(angle) + noise.normal(0, 4, (SIDE, SIDE, 3)), 0, 255).astype(np.uint8) for angle in angles]
 
     for angles, expected in (([0, 90, 180, 275], 8), ([3, 88], 8), ([0, 0, 0, 0], 1), ([1, -1], 1), ([90], 1)):
-        _, orientations = enrolled_rows(photos(angles), patches, True)  # type: ignore[arg-type]
+        _, orientations = enrolled_rows(photos(angles), patches, True)
         assert orientations == expected, angles
-    same = [patches(part(0))[-1]] * 4
-    assert not are_rotated([same, same]), "copies of one photo say nothing"
+    same = patches(part(0))[-1]
+    assert not are_rotated([same, same], [[same] * 4] * 2), "copies of one photo say nothing"
+
+
+def test_only_two_photos_are_rotated_to_find_out() -> None:
+    seen = 0
+
+    def encode(pixels: np.ndarray) -> list[np.ndarray]:
+        nonlocal seen
+        seen += 1
+        return patches(pixels)
+
+    photos = [part(0) + np.uint8(number) for number in range(5)]
+    _, orientations = enrolled_rows(photos, encode, True)
+    assert orientations == 1
+    assert seen == 5 + 2 * 3
 
 
 @pytest.mark.parametrize("keyed", [True, False])

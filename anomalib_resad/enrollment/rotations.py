@@ -15,12 +15,13 @@ Rows: TypeAlias = list[np.ndarray]  # of one photo, float32, shape (N_l, C_l) pe
 
 # Orientations of each photo where a product's photos are rotated, the photo itself among them: every 45 degrees.
 ORIENTATIONS = 8
-# Photos count as rotated to each other if the squared distance of their patches to the other photos falls below this
-# share of itself once these may be rotated by right angles. It always falls, since more rows bring any patch nearer:
-# with four or eight photos to 87-93 % for products that all lie the same way, to 61-89 % for rotated ones
+# Photos count as rotated to each other if the squared distance of their patches to two of the photos falls below this
+# share of itself once these two may be rotated by right angles. It always falls, since more rows bring any patch
+# nearer: with four or eight photos to 83-98 % for products that all lie the same way, to 66-88 % for rotated ones
 # (benchmarks/experiments.md).
 ROTATED = 0.85
-LOOKED_AT = 8  # photos that decide whether all of them are rotated, the first ones
+LOOKED_AT = 2  # photos that are rotated to find out: as good as all of them, at a fraction of the time
+COMPARED = 196  # about as many patches of each photo are compared with them
 # A photo is rotated inside a square of its diagonal. Longer ones are made smaller first, which bounds time and memory.
 LONGEST_DIAGONAL = 3000
 
@@ -72,7 +73,7 @@ def enrolled_rows(
 
     Args:
         photos (Collection[np.ndarray]): uint8, shape ``(H, W, 3)`` each. They are gone through up to twice, and one is
-            held at a time.
+            held at a time. The first two decide whether all are rotated; `read_references` orders them by content.
         encode (Callable[[np.ndarray], Rows]): Rows of a photo's patches, shape ``(N_l, C_l)`` per level. The last level
             decides whether photos are rotated to each other.
         keyed (bool): Whether the last level holds the keys of all others, so that the same patches are kept in every
@@ -94,8 +95,8 @@ def enrolled_rows(
         if number < looked_at:
             views[-1] |= {angle: encode(rotated(pixels, angle)) for angle in (90.0, 180.0, 270.0)}
     if rotations == "auto":
-        decisive = [[rows[-1] for rows in seen.values()] for seen in views[:looked_at]]
-        rotations = ORIENTATIONS if decisive and are_rotated(decisive) else 1
+        copies = [[rows[-1] for rows in seen.values()] for seen in views[:looked_at]]
+        rotations = ORIENTATIONS if are_rotated([seen[0.0][-1] for seen in views], copies) else 1
     if rotations == 1:
         return [seen[0.0] for seen in views], 1
     angles = [360 * turn / rotations for turn in range(1, rotations)]
@@ -111,20 +112,29 @@ def kept_rows(patches: int, rotations: int) -> int:
     return patches if rotations == 1 else patches + patches // 2
 
 
-def are_rotated(views: Sequence[Sequence[np.ndarray]]) -> bool:
-    """Whether photos are clearly nearer to each other once they may be rotated.
+def are_rotated(photos: Sequence[np.ndarray], copies: Sequence[Sequence[np.ndarray]]) -> bool:
+    """Whether photos are clearly nearer to the first of them once these may be rotated.
 
     Args:
-        views (Sequence[Sequence[np.ndarray]]): Per photo, rows of the photo and of its copies, shape ``(N, C)``.
+        photos (Sequence[np.ndarray]): Rows of each photo, shape ``(N, C)``.
+        copies (Sequence[Sequence[np.ndarray]]): Of the first photos, two or more, rows of the photo and of its rotated
+            copies, shape ``(N, C)`` each.
     """
-    unit = [[rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in each] for each in views]
+    known = [[_unit(rows) for rows in each] for each in copies]
     plain = free = 0.0
-    for number, (own, *_) in enumerate(unit):
-        others = [each for index, each in enumerate(unit) if index != number]
-        as_they_are = np.max([(own @ each[0].T).max(axis=1) for each in others], axis=0)
-        any_way = np.max([(own @ rows.T).max(axis=1) for each in others for rows in each], axis=0)
-        plain, free = plain + float((1 - as_they_are).sum()), free + float((1 - any_way).sum())
+    for number, rows in enumerate(photos):
+        own = _unit(rows[:: max(1, len(rows) // COMPARED)])
+        others = [each for index, each in enumerate(known) if index != number]
+        if others:
+            as_they_are = np.max([(own @ each[0].T).max(axis=1) for each in others], axis=0)
+            any_way = np.max([(own @ copy.T).max(axis=1) for each in others for copy in each], axis=0)
+            plain, free = plain + float((1 - as_they_are).sum()), free + float((1 - any_way).sum())
     return free < ROTATED * plain
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit length; those of length zero stay."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
 def _with_copies(own: Rows, copies: Sequence[Rows], keyed: bool) -> Rows:
