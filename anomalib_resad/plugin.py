@@ -3,6 +3,7 @@
 """Everything of the package that needs PyTorch and anomalib; importing it makes ``ResAD`` known to anomalib."""
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -30,13 +31,23 @@ heed_seed_everything()
 DEBUG = "RESAD_DEBUG"  # set in the environment, it shows where an error came up
 
 
-def _own(error: BaseException, trace: TracebackType | None) -> BaseException | None:
-    """An error that this package raised on purpose; of one that jsonargparse raised, the one that made it do so."""
+# What PyTorch makes of an error in a process that loads data: the last frame, and what was said there.
+WORKERS = re.compile(
+    r'Caught \w+ in DataLoader worker process .*^  File "([^"\n]+)", line \d+, in [^\n]*\n(?: [^\n]*\n)*[\w.]+: (.*)',
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def _own(error: BaseException, trace: TracebackType | None) -> str | None:
+    """What this package said when it raised an error on purpose, also behind jsonargparse's, or in a data loader."""
     behind = [frame.f_locals.get("exceptions") for frame, _ in traceback.walk_tb(trace)]
     for each in [error, *(one for several in behind if isinstance(several, list) for one in several)]:
-        frames = traceback.extract_tb(each.__traceback__) if isinstance(each, ValueError | OSError) else []
-        if frames and Path(__file__).parent in Path(frames[-1].filename).parents:
-            return each
+        if not isinstance(each, ValueError | OSError):
+            continue
+        frames, of_worker = traceback.extract_tb(each.__traceback__), WORKERS.match(str(each))
+        file, said = of_worker.groups() if of_worker else (frames[-1].filename if frames else "", str(each))
+        if Path(__file__).parent in Path(file).parents:
+            return said.strip()
     return None
 
 

@@ -20,7 +20,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from anomalib.data.predict import PredictDataset
+from torch.utils.data import DataLoader
 
+from anomalib_resad.data.photo_check import PredictPhotos
+from anomalib_resad.enrollment.photos import PhotoError
+from anomalib_resad.plugin import _own
 from anomalib_resad.ready_heads import head_file
 from benchmarks.products import make_product
 from tests import datasets_layouts
@@ -211,6 +216,21 @@ def test_our_messages_end_the_command_in_one_sentence(workplace: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("Error: k_shot=0 ")
+
+
+def test_our_messages_from_processes_that_load_photos_are_one_sentence(tmp_path: Path) -> None:
+    """PyTorch puts their frames into the text of the error."""
+    (tmp_path / "a.png").write_bytes(b"no photo")
+    for dataset in (PredictPhotos(tmp_path / "a.png"), PredictDataset(tmp_path / "a.png")):
+        with pytest.raises(OSError if type(dataset) is PredictDataset else PhotoError) as caught:
+            list(DataLoader(dataset, num_workers=1, collate_fn=dataset.collate_fn))
+        assert "worker process 0" in str(caught.value)
+        told = _own(caught.value, caught.tb)
+        if type(dataset) is PredictDataset:
+            assert told is None, "anomalib's errors stay as they are"
+        else:
+            assert told is not None
+            assert re.fullmatch(r"\S+/a\.png: unreadable \(none of the formats [A-Z, ]+\)\.", told)
 
 
 def test_printed_settings_are_those_that_count(workplace: Path) -> None:
