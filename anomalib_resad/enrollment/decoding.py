@@ -22,7 +22,7 @@ BitDepth: TypeAlias = int | Literal["auto"]
 
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
-HEAD = 512  # bytes of a file that tell how deep its pixels are
+HEAD = 4096  # bytes of a file that tell how deep its pixels are
 # Smaller photos hold no patches to speak of: a 1-pixel file blown up to the input size is a flat color.
 SMALLEST_SIDE = 8
 MOST_PIXELS = 50_000_000  # 150 MB once it is decoded
@@ -62,12 +62,14 @@ class Header:
         height (int): The same.
         bits (int): Bits of a channel; 16 for any file that keeps a channel in 16 bits without saying how many it uses.
         turned (int): Orientation of a TIFF, by which Pillow turns it by itself; 1 for others.
+        white (int | None): Largest value that a PPM states; ``None`` if it is that of all its bits, and for others.
     """
 
     width: int
     height: int
     bits: int
     turned: int
+    white: int | None = None
 
     @property
     def reduction(self) -> int:
@@ -112,7 +114,9 @@ def header_of(image: Image.Image, head: bytes) -> Header:
         PhotoError: If it is too small, too large, too long, of several pages, or its pixels are no integers.
     """
     width, height = image.size
-    bits = _bits_per_channel(image, head)
+    largest = _largest_value(head) if image.format == "PPM" else None
+    bits = _bits_per_channel(image, head) if largest is None else largest.bit_length()
+    white = None if largest is None or largest == (1 << bits) - 1 else largest
     frames = getattr(image, "n_frames", 1)
     if bits > 16 or (bits <= 8 and image.mode not in EIGHT_BIT_MODES):
         msg = f"{image.mode} pixels of {bits} bits have no largest value to be scaled by; convert it to 8 or 16 bits"
@@ -126,7 +130,7 @@ def header_of(image: Image.Image, head: bytes) -> Header:
         msg = f"{width} x {height} pixels, the most is {MOST_PIXELS:,}; make it smaller"
     else:
         turned = image.tag_v2.get(274, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
-        return Header(width, height, bits, turned)
+        return Header(width, height, bits, turned, white)
     raise PhotoError(msg)
 
 
@@ -142,12 +146,22 @@ def _bits_per_channel(image: Image.Image, head: bytes) -> int:
             msg = f"a TIFF of {bits} bits that is not plain gray or RGB; save it so"
             raise PhotoError(msg)
         return bits
-    if image.format == "PPM" and head[:2] in (b"P2", b"P3", b"P5", b"P6"):
-        _, _, _, largest = re.sub(rb"#[^\n]*", b"", head).split()[:4]
-        return int(largest).bit_length()
     if image.mode.startswith("I;16"):
         return 16
     return 8 if image.mode in EIGHT_BIT_MODES else 32
+
+
+def _largest_value(head: bytes) -> int | None:
+    """Largest value of a PPM or PGM, which is white; ``None`` for a PBM, whose pixels are black or white."""
+    if head[:2] not in (b"P2", b"P3", b"P5", b"P6"):
+        return None
+    found = re.match(rb"P.\s+\d+\s+\d+\s+(\d+)\s", re.sub(rb"#[^\r\n]*", b"", head))
+    if found is None:
+        msg = (
+            f"a PPM whose largest value does not stand in its first {HEAD} bytes; remove its comments, or save it anew"
+        )
+        raise PhotoError(msg)
+    return int(found[1])
 
 
 def depth_of(header: Header, bit_depth: BitDepth) -> int:
@@ -163,15 +177,16 @@ def depth_of(header: Header, bit_depth: BitDepth) -> int:
     if header.bits <= 8:
         return 8
     same = "convert it to 8 bits, all photos of a product by the same factor"
+    unsaid = header.bits == 16 and header.white is None
     if bit_depth == "auto":
-        if header.bits == 16:
+        if unsaid:
             msg = (
                 "more than 8 bits a channel, and a file of 16 bits does not say how many it uses; give the camera's "
                 f"depth (bit_depth 12, or 16), or {same}"
             )
             raise PhotoError(msg)
         return header.bits
-    if header.bits not in (bit_depth, 16) or bit_depth == 8:
+    if bit_depth == 8 or (header.bits != bit_depth and not unsaid):
         other = "or enroll the product from such photos"
         msg = f"more than 8 bits a channel ({header.bits} in the file), where {bit_depth} are expected; {same}, {other}"
         raise PhotoError(msg)
@@ -192,23 +207,24 @@ def check_same_depth(depth: int, expected: int) -> None:
         raise PhotoError(msg)
 
 
-def scaled(values: np.ndarray, depth: int) -> np.ndarray:
+def scaled(values: np.ndarray, depth: int, white: int | None = None) -> np.ndarray:
     """Values of more than 8 bits as uint8: 0 stays 0, and the largest one of that depth becomes 255.
 
     Args:
         values (np.ndarray): uint16, any shape.
         depth (int): Bits that are used.
+        white (int | None): Largest value, where it is less than that of all these bits.
 
     Raises:
-        PhotoError: If a value needs more bits, or none needs the four highest ones: then the depth is wrong.
+        PhotoError: If a value is larger, needs more bits, or none needs the four highest ones: then the depth is wrong.
     """
+    white = (1 << depth) - 1 if white is None else white
     largest = int(values.max())
-    if largest >= 1 << depth or largest < 1 << (depth - 4):
-        fits = "are larger" if largest >= 1 << depth else "leave it nearly black"
+    if largest > white or largest < 1 << (depth - 4):
+        fits = "are larger" if largest > white else "leave it nearly black"
         msg = f"values up to {largest} {fits} at {depth} bits a channel; give the depth that the camera has (bit_depth)"
         raise PhotoError(msg)
-    white = (1 << depth) - 1
-    return np.round(np.arange(1 << depth) * (255 / white)).astype(np.uint8)[values]
+    return np.round(np.arange(white + 1) * (255 / white)).astype(np.uint8)[values]
 
 
 def decode_photo(photo: bytes | Image.Image, bit_depth: BitDepth) -> tuple[np.ndarray, int]:
@@ -232,7 +248,7 @@ def decode_photo(photo: bytes | Image.Image, bit_depth: BitDepth) -> tuple[np.nd
             header = header_of(image, content[:HEAD])
             depth = depth_of(header, bit_depth)
             if depth > 8:
-                picture = Image.fromarray(scaled(_deep_values(image, content), depth))
+                picture = Image.fromarray(scaled(_deep_values(image, content), depth, header.white))
             else:
                 picture = image if image.mode in ("L", "RGB") else image.convert("RGB")
             if header.reduction > 1:
