@@ -161,3 +161,10 @@ def test_importing_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert result.stdout.strip() == "set() True", result.stderr
+
+
+def test_a_port_that_cannot_be_is_one_sentence(bundle: Path) -> None:
+    for port in ("70000", "-1"):
+        said = resad("serve", "--bundle", bundle, "--port", port, "--page", "false", status=2)
+        assert said.startswith(f"Error: port={port} must lie between 0 and 65535; ")
+        assert "Traceback" not in said

@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -102,9 +103,11 @@ def test_thresholds_that_cannot_be_are_refused_where_they_enter(
 
 
 def test_other_numbers_that_cannot_be(bundle: Path, inferencer: ResADInferencer, good: list[Path]) -> None:
-    for settings in ({"threads": -1}, {"threads": 0}, {"threads": 1.5}, {"most_loaded": 0}):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            ResADInferencer(bundle, **settings)
+    for name in ("threads", "most_loaded"):
+        for wrong in (-1, 0, 1.5, "2", True, float("nan"), [1]):
+            with pytest.raises(ValueError, match=re.escape(f"{name}={wrong!r} must be a whole number of at least 1")):
+                ResADInferencer(bundle, **{name: wrong})
+    ResADInferencer(bundle, threads=np.int64(1), most_loaded=np.int32(1))
     for device in ("TPU", "", "CPU2", "cpu"):
         with pytest.raises(ValueError, match=f"device='{device}' is no OpenVINO device of this machine, which has CPU"):
             ResADInferencer(bundle, device=device)
@@ -112,7 +115,19 @@ def test_other_numbers_that_cannot_be(bundle: Path, inferencer: ResADInferencer,
     for value in (0.0, 1.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             denormalize(value, 0.5, 0.0, 1.0)
-    bank = inferencer.enroll("tiles", good[:1])
+    for name in ("max_patches", "false_alarm_rate", "rotations", "threshold"):
+        for value in ("2", True, float("nan"), [1]):
+            with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}")):
+                inferencer.enroll("tiles", good[:1], **{name: value})
+    bank = inferencer.enroll("tiles", good[:1], max_patches=np.int64(9), rotations=np.int64(1))
+    for threshold in (np.float32(0.5), np.float64(0.5), np.int64(1), 1):
+        assert inferencer.set_threshold("tiles", threshold).threshold == float(threshold)
+        assert inferencer.bank("tiles").threshold == float(threshold)
+    with pytest.raises(ValueError, match="threshold=True must be a finite number"):
+        inferencer.set_threshold("tiles", True)
+    for rate in ("0.05", True, [0.05]):
+        with pytest.raises(ValueError, match="must be a share of good photos"):
+            inferencer.calibrate("tiles", rate)
     for wrong in ({"rotations": "auto"}, {"max_patches": 0}, {"max_patches": "all"}):
         Bank("tiles", bank.encoder, bank.references, bank.arrays, **wrong).save(inferencer.banks / "tiles.safetensors")
         with pytest.raises(BankError, match="no numbers"):

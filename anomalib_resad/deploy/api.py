@@ -43,6 +43,7 @@ from anomalib_resad.deploy.messages import printable, without_folders
 from anomalib_resad.deploy.metrics import Measured, Metrics
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.turns import Turns
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.photos import Photo, PhotoError
 from anomalib_resad.enrollment.rotations import ORIENTATIONS
 from anomalib_resad.version import __version__
@@ -264,8 +265,8 @@ def application(
     Raises:
         ValueError: If a host or a limit is impossible.
     """
-    if max_upload_mb < 1 or max_total_mb < 1:
-        msg = f"max_upload_mb={max_upload_mb} and max_total_mb={max_total_mb} must be at least 1."
+    if not (is_count(max_upload_mb) and is_count(max_total_mb)):
+        msg = f"max_upload_mb={max_upload_mb!r} and max_total_mb={max_total_mb!r} must be whole numbers of at least 1."
         raise ValueError(msg)
     metrics = Metrics()
     stack = guards(host, allowed_hosts, token, most_bytes=max_total_mb * 1_000_000, tidy=tidy)

@@ -122,9 +122,6 @@ def _check_scores(bank: Bank) -> None:
         ValueError: If there are some.
     """
     if bank.false_alarm_rate is not None:
-        if not is_threshold(bank.false_alarm_rate):
-            msg = f"false_alarm_rate={bank.false_alarm_rate!r} is no number."
-            raise ValueError(msg)
         check_rate(bank.false_alarm_rate)
     scores, photos = bank.leave_one_out, len(bank.references)
     if scores is not None and not (

@@ -16,6 +16,7 @@ from anomalib_resad.deploy.bank_reading import check_bank, read_bank
 from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.watch import Watch, stamp
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.files import PART, remove_stale
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
@@ -38,8 +39,8 @@ class BankStore:
         self.most_loaded = most_loaded
         self._loaded: OrderedDict[str, tuple[tuple[int, ...], Bank, list[np.ndarray]]] = OrderedDict()
         self._lock = threading.RLock()
-        if most_loaded < 1:
-            msg = f"most_loaded={most_loaded} must be at least 1: the bank that is used has to be in memory."
+        if not is_count(most_loaded):
+            msg = f"most_loaded={most_loaded!r} must be a whole number of at least 1: one bank has to be in memory."
             raise ValueError(msg)
 
     @property

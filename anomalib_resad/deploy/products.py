@@ -15,6 +15,7 @@ from anomalib_resad.deploy.bank_rows import leave_one_out, rows_of_photos
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
 from anomalib_resad.enrollment.references import read_references
@@ -73,10 +74,10 @@ class Products(Model):
         """
         name = product_name(name)
         self._check_new(name, replace_existing)
-        if max_patches is not None and max_patches < 1:
-            msg = f"max_patches={max_patches} must be at least 1, or None."
+        if max_patches is not None and not is_count(max_patches):
+            msg = f"max_patches={max_patches!r} must be a whole number of at least 1, or None."
             raise ValueError(msg)
-        if isinstance(false_alarm_rate, float | int):
+        if false_alarm_rate not in (None, "auto"):
             check_rate(false_alarm_rate)
             if threshold is not None:
                 msg = f"threshold={threshold} and false_alarm_rate={false_alarm_rate} are two thresholds. Give one."
@@ -227,9 +228,10 @@ class Products(Model):
     ) -> Bank:
         references = by_content(features)
         levels = range(len(self.manifest.levels))
+        most = None if max_patches is None else int(max_patches)  # numbers of numpy's are no JSON
         arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
         return self._with_scores(
-            Bank(name, self.manifest.encoder, references, arrays, None, max_patches, rotations, bit_depth)
+            Bank(name, self.manifest.encoder, references, arrays, None, most, int(rotations), int(bit_depth))
         )
 
     def _with_scores(self, bank: Bank) -> Bank:

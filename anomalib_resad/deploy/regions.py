@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_resad.deploy.pictures import resized
+from anomalib_resad.enrollment.checks import is_count, is_number
 from anomalib_resad.enrollment.decoding import MOST_KEPT
 
 SEED = 0.5  # of the normalized map: its threshold
@@ -118,12 +119,12 @@ def _check(anomaly_map: np.ndarray, size: Sequence[int], min_area: int, seed: fl
     if len(size) != 2 or min(size) < 1:
         msg = f"size={tuple(size)} must be height and width of the photo in pixels."
         raise ValueError(msg)
-    if not 0 <= grown <= seed <= 1:
-        msg = f"seed={seed} and grown={grown} must lie between 0 and 1, and a region grows to a lower value."
+    if not (is_number(seed) and is_number(grown) and 0 <= grown <= seed <= 1):
+        msg = f"seed={seed!r} and grown={grown!r} must lie between 0 and 1, and a region grows to a lower value."
         raise ValueError(msg)
     check_min_area(min_area)
-    if most < 1:
-        msg = f"most={most} must be at least 1."
+    if not is_count(most):
+        msg = f"most={most!r} must be a whole number of at least 1."
         raise ValueError(msg)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import openvino as ov
 
 from anomalib_resad.deploy.bundle import FILES, BundleError
+from anomalib_resad.enrollment.checks import is_count
 
 # OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
 # a photo. Most products have photos of one size.
@@ -34,11 +35,11 @@ class Runtime:
         self._files = {name: files[name] for name in FILES}
         self._device = device
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None and (type(threads) is not int or threads < 1):
-            msg = f"threads={threads!r} must be at least 1, or None to leave it to OpenVINO."
+        if threads is not None and not is_count(threads):
+            msg = f"threads={threads!r} must be a whole number of at least 1, or None to leave it to OpenVINO."
             raise ValueError(msg)
         if threads is not None:
-            self._config["INFERENCE_NUM_THREADS"] = threads
+            self._config["INFERENCE_NUM_THREADS"] = int(threads)
         if device == "CPU":
             self._config["CPU_RUNTIME_CACHE_CAPACITY"] = CACHED_SHAPES
         self._core = ov.Core()

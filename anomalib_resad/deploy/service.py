@@ -48,6 +48,11 @@ def launch(
         OSError: If the port is taken.
     """
     needed = checked_token(host, token)
+    if port is not None and not (type(port) is int and 0 <= port < 65536):
+        msg = (
+            f"port={port!r} must lie between 0 and 65535; without one, the first free one from {PORTS[0]} on is taken."
+        )
+        raise ValueError(msg)
     parent = os.environ.get("GRADIO_TEMP_DIR")
     if parent is not None:
         Path(parent).mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,7 @@ def _maker(page: bool) -> Callable[..., FastAPI]:
 def _listening(host: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for each in PORTS if port is None else [port]:
-        with suppress(OSError, OverflowError):  # the latter for what is no port
+        with suppress(OSError):
             return socket.create_server((host.strip("[]"), each), family=family)
     msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
     raise OSError(msg)

@@ -14,6 +14,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
+from anomalib_resad.enrollment.checks import is_number
 from anomalib_resad.enrollment.quantiles import student_quantile
 
 # Weight of the spread that was learned on the source categories, in scores: it counts as much as this many scores of
@@ -24,14 +25,14 @@ USUAL_RATE = 0.05
 DRAWS = 20_000  # of what the location and the scatter of a product may be
 
 
-def check_rate(rate: float) -> None:
+def check_rate(rate: object) -> None:
     """Refuse a target false-alarm rate that is not between 0 and 1, both excluded.
 
     Raises:
         ValueError: If ``rate`` is such a value.
     """
-    if not 0 < rate < 1:
-        msg = f"false_alarm_rate={rate} must be a share of good photos between 0 and 1, 0.05 for 5 %, say."
+    if not (is_number(rate) and 0 < rate < 1):
+        msg = f"false_alarm_rate={rate!r} must be a share of good photos between 0 and 1, 0.05 for 5 %, say."
         raise ValueError(msg)
 
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.coreset import thin_out
 
 Rotations: TypeAlias = int | Literal["auto"]
@@ -32,7 +33,7 @@ def check_rotations(rotations: object) -> None:
     Raises:
         ValueError: If it is neither ``"auto"`` nor 1 to 36.
     """
-    if rotations != "auto" and not (isinstance(rotations, int) and 1 <= rotations <= 36):
+    if rotations != "auto" and not (is_count(rotations) and rotations <= 36):
         msg = (
             f"rotations={rotations!r} must be 'auto', 1 (photos as they are), or a number of orientations up to 36, "
             "such as 8."

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from anomalib_resad.enrollment.calibration import product_threshold
+from anomalib_resad.enrollment.checks import is_number
 from anomalib_resad.enrollment.files import write_whole
 
 LARGEST = 1e30  # of thresholds and ranges: no score comes near, and float32 computes with it
@@ -22,7 +23,7 @@ LARGEST = 1e30  # of thresholds and ranges: no score comes near, and float32 com
 
 def is_threshold(value: object) -> bool:
     """Whether something is a number that scores can be compared with: finite, and not absurd."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) < LARGEST
+    return is_number(value) and abs(value) < LARGEST
 
 
 def center_and_width(threshold: Any, low: Any, high: Any, xp: Any = np) -> tuple[Any, Any]:  # noqa: ANN401

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 from torchvision.tv_tensors import Mask
 
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.draws import draw, key_of, seeded
 from anomalib_resad.enrollment.image_size import Size
@@ -73,8 +74,9 @@ class SourceReferences:
     ) -> None:
         check_share(synthetic or 0.0)
         self.k_shot = DEFAULT_SHOTS if k_shot is None else k_shot
-        if self.k_shot < 1:
-            msg = f"k_shot={k_shot} must be at least 1, or None for all of `references`, else {DEFAULT_SHOTS}."
+        if not is_count(self.k_shot):
+            all_or = f"None for all of `references`, else {DEFAULT_SHOTS}"
+            msg = f"k_shot={k_shot!r} must be a whole number of at least 1, or {all_or}."
             raise ValueError(msg)
         self.seed = seed
         self.synthetic = synthetic or 0.0
