@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from anomalib_resad.deploy import ResADInferencer
-from anomalib_resad.deploy.journal import ROWS
+from anomalib_resad.enrollment.files import LINES
 from benchmarks.products import make_product
 
 KILLS, PHOTOS = 20, 400
@@ -46,7 +46,7 @@ def measure(bundle: Path, work: Path) -> dict[str, object]:
     photos = sorted((work / "products" / "tiles" / "test").rglob("*.png"))
     inferencer = ResADInferencer(bundle, banks=work / "banks")
     inferencer.enroll("tiles", work / "products" / "tiles" / "train" / "good")
-    folder, rows = work / "in", work / "found" / ROWS
+    folder, rows = work / "in", work / "found" / LINES
     folder.mkdir()
     options = {"bundle": bundle, "banks": work / "banks", "product": "tiles", "folder": folder, "output": rows.parent}
     command = [

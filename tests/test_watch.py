@@ -22,15 +22,17 @@ import pytest
 
 from anomalib_resad.commands.watch import watch
 from anomalib_resad.deploy import ResADInferencer
-from anomalib_resad.deploy.journal import ROWS, Journal
+from anomalib_resad.deploy.journal import Journal
 from anomalib_resad.deploy.prediction import Prediction
+from anomalib_resad.deploy.results import Results
 from anomalib_resad.deploy.sinks import Sender, mqtt_sink, webhook_sink
 from anomalib_resad.deploy.watching import FolderWatch
+from anomalib_resad.enrollment.files import LINES, TABLE
 from anomalib_resad.enrollment.photos import PhotoError
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    path = folder / ROWS
+    path = folder / LINES
     return [json.loads(line) for line in path.read_bytes().split(b"\n") if line] if path.exists() else []
 
 
@@ -68,7 +70,7 @@ def test_each_photo_once_though_it_is_killed(bundle: Path, good: list[Path], new
         with watching(*options) as process:
             wait_for(lambda least=12 * run + 4: len(rows_of_whole(output)) >= least, "rows")
             process.kill()
-        with (output / ROWS).open("ab") as file:
+        with (output / LINES).open("ab") as file:
             file.write(b'{"photo": "line 1/half')
     (folder / "broken.png").write_bytes(new[0].read_bytes()[:200])
     with watching(*options) as process:
@@ -89,7 +91,7 @@ def test_each_photo_once_though_it_is_killed(bundle: Path, good: list[Path], new
 
 
 def rows_of_whole(folder: Path) -> list[bytes]:
-    path = folder / ROWS
+    path = folder / LINES
     return (
         [each for each in path.read_bytes().splitlines(keepends=True) if each.endswith(b"}\n")] if path.exists() else []
     )
@@ -150,10 +152,28 @@ def test_a_journal_is_written_by_one_process_and_is_never_guessed_at(tmp_path: P
             Journal(tmp_path)
         with pytest.raises(ValueError, match="Out of range"):
             journal.add({"photo": "b.png", "sha256": "1", "score": float("nan")})
-    (tmp_path / ROWS).write_bytes((tmp_path / ROWS).read_bytes() + b"none\n{}")
+    (tmp_path / LINES).write_bytes((tmp_path / LINES).read_bytes() + b"none\n{}")
     with pytest.raises(ValueError, match=r"after 34 bytes is no row .*Nothing was changed"):
         Journal(tmp_path)
-    assert (tmp_path / ROWS).read_bytes().endswith(b"none\n{}")
+    assert (tmp_path / LINES).read_bytes().endswith(b"none\n{}")
+
+
+def test_watch_and_predict_do_not_write_over_each_other(tmp_path: Path) -> None:
+    with Journal(tmp_path / "watched") as journal:
+        journal.add({"photo": "a.png", "sha256": "0"})
+    before = journal.path.read_bytes()
+    with pytest.raises(ValueError, match=r"results\.jsonl is of `resad watch`.*Choose another folder"):
+        Results(tmp_path / "watched")
+    assert journal.path.read_bytes() == before
+    assert not (tmp_path / "watched" / TABLE).exists()
+    for photos in (0, 1):
+        with Results(tmp_path / "predicted") as results:
+            for _ in range(photos):
+                results.fail("a.png", "unreadable")
+        kept = {path.name: path.read_bytes() for path in (tmp_path / "predicted").iterdir()}
+        with pytest.raises(ValueError, match=r"results\.csv is of `resad predict`\. Choose another folder"):
+            Journal(tmp_path / "predicted")
+        assert {path.name: path.read_bytes() for path in (tmp_path / "predicted").iterdir()} == kept
 
 
 def test_impossible_options_are_refused_before_anything_is_done(tmp_path: Path) -> None:
@@ -264,6 +284,6 @@ def _broker(server: socket.socket, taken: list[bytes]) -> None:
 
 def test_a_sender_knows_which_journal_it_sent(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        (tmp_path / f".{ROWS}.hook").write_text("7")
+        (tmp_path / f".{LINES}.hook").write_text("7")
         with pytest.raises(ValueError, match="Remove it, and all rows are sent again"):
             Sender("hook", webhook_sink("http://localhost/"), journal.path)

@@ -11,7 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-ROWS = "results.jsonl"
+from anomalib_resad.enrollment.files import LINES, TABLE
+
 _LOCK = ".resad-watch.lock"
 
 
@@ -26,11 +27,14 @@ class Journal:
         recorded (set[tuple[str, str]]): Name and SHA-256 of each photo in it.
 
     Raises:
-        ValueError: If the folder cannot be written, another process writes there, or the file holds something else.
+        ValueError: If the folder cannot be written, another process writes there, or it holds something else.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ROWS
+        self.path = folder / LINES
+        if (folder / TABLE).exists():
+            msg = f"{folder / TABLE} is of `resad predict`. Choose another folder for the results of `resad watch`."
+            raise ValueError(msg)
         self._lock = FileLock(folder / _LOCK)  # the system frees it when the process ends, however it does
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class Results:
         problems (list[str]): What to tell of photos that were not inspected, or have no map.
 
     Raises:
-        ValueError: If the folder cannot be written; the table of an earlier run stays then.
+        ValueError: If the folder cannot be written, or holds results of ``resad watch``; what is there stays then.
     """
 
     def __init__(self, folder: Path, kept: Mapping[str, Row] | None = None) -> None:
@@ -81,6 +81,9 @@ class Results:
         self.problems: list[str] = []
         self._tidied: set[Path] = set()
         path, lines = folder / TABLE, folder / LINES
+        if lines.exists() and not path.exists():
+            msg = f"{lines} is of `resad watch`, since there is no {TABLE}. Choose another folder for the results."
+            raise ValueError(msg)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_stale(folder)
