@@ -11,9 +11,9 @@ from benchmarks.full_disk import ALL, can_mount, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SAID = {
-    "export": "encoder.xml cannot be written whole",
-    "export, nearly": "cannot be written whole",
-    "export --replace": "cannot be written whole",
+    "export": "encoder.xml cannot be written whole (the disk is full, or fails; ",
+    "export, nearly": "cannot be written whole (the disk is full, or fails; ",
+    "export --replace": "cannot be written whole (the disk is full, or fails; ",
     "enroll": "tiles.safetensors cannot be written ([Errno 28] No space left on device). Pass a folder for `banks`",
     "enroll --mode add": "tiles.safetensors cannot be written ([Errno 28] No space left on device)",
     "predict": "Inspecting ended early: [Errno 28] No space left on device. ",

@@ -222,13 +222,13 @@ def write_bundle(
     with bundle_folder(Path(output), replace) as (folder, finish):
         if calibration is not None:
             encoder = quantize_encoder(encoder, calibration_photos(calibration))
-        _save(encoder, folder / ENCODER, half)
-        _save(detector, folder / DETECTOR, half)
+        _save(encoder, folder / ENCODER, half, Path(output))
+        _save(detector, folder / DETECTOR, half, Path(output))
         finish(_manifest(model, precision, levels, folder))
     return Path(output)
 
 
-def _save(model: ov.Model, path: Path, half: bool) -> None:
+def _save(model: ov.Model, path: Path, half: bool, output: Path) -> None:
     try:
         ov.save_model(model, path, compress_to_fp16=half)
         ov.Core().read_model(path)  # what could not be written at the end is not always said
@@ -237,8 +237,11 @@ def _save(model: ov.Model, path: Path, half: bool) -> None:
                 os.fsync(file.fileno())
     except (RuntimeError, OSError) as error:
         free = shutil.disk_usage(path.parent).free / 1e6
-        why = str(error).strip().splitlines()[-1]
-        msg = f"{path.name} cannot be written whole ({why}); {free:.1f} MB are free. Nothing was left."
+        why = getattr(error, "strerror", None) or "the disk is full, or fails"  # OpenVINO tells neither
+        msg = (
+            f"{output}: {path.name} cannot be written whole ({why}; {free:.1f} MB are free). Free some space, or "
+            "choose another output folder. Nothing was left."
+        )
         raise OSError(msg) from error
 
 
