@@ -195,7 +195,7 @@ def test_bodies_have_a_limit(client: Any, inferencer: ResADInferencer, good: lis
 def test_openapi_tells_bodies_and_options(client: Any) -> None:
     paths = client.get("/v1/openapi.json").json()["paths"]
     for address, options in (
-        ("/v1/products/{name}", {"rotations", "bit_depth", "threshold", "false_alarm_rate", "replace"}),
+        ("/v1/products/{name}", {"rotations", "bit_depth", "threshold", "false_alarm_rate", "min_area", "replace"}),
         ("/v1/products/{name}/photos", set()),
         ("/v1/products/{name}/inspect", {"map"}),
     ):
