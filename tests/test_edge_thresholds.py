@@ -14,7 +14,8 @@ from safetensors.numpy import load, save
 
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.bank import ENTRY, checksum_of
-from anomalib_resad.deploy.bundle import read_manifest
+from anomalib_resad.deploy.bundle import Scale, read_manifest
+from anomalib_resad.enrollment.calibration import product_threshold
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.export.edge_bundle import load_model
@@ -81,6 +82,25 @@ def test_a_threshold_for_a_rate_follows_the_photos(inferencer: ResADInferencer, 
     inferencer.remove("grown", good[1].name)
     inferencer.remove("grown", good[2].name)
     assert replace(inferencer.bank("grown"), product="alone").checksum == replace(alone, product="alone").checksum
+
+
+def test_a_bundle_without_a_threshold_has_one_for_each_product(bundle: Path, good: list[Path], tmp_path: Path) -> None:
+    """That of the plain distance; where a threshold and no scatter was learned, as in 0.1.0, it stays the default."""
+    knowing(bundle, tmp_path / "bundle", spread=None)
+    learned = read_manifest(tmp_path / "bundle")
+    for score, rate in ((Scale(None, None, None), 0.05), (Scale(1.0, 0.0, 2.0), None)):
+        replace(learned, score=score).write(tmp_path / "bundle")
+        inferencer = ResADInferencer(tmp_path / "bundle", banks=tmp_path / f"{rate}", threads=1)
+        alone, bank = inferencer.enroll("alone", good[:1]), inferencer.enroll("tiles", good[:3])
+        assert (alone.threshold, alone.false_alarm_rate, bank.false_alarm_rate) == (None, rate, rate)
+        label = inferencer.predict(good[0], "tiles").label
+        if rate is None:
+            assert bank.threshold is None
+        else:
+            assert bank.threshold == product_threshold(bank.leave_one_out or (), math.nan, 0.05)
+            assert label is False, "a photo that is enrolled"
+            assert inferencer.predict(good[0], "alone").label is None
+            assert inferencer.add("alone", good[1:3]).threshold == bank.threshold
 
 
 def test_what_somebody_chose_stays(inferencer: ResADInferencer, good: list[Path]) -> None:

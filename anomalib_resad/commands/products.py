@@ -48,8 +48,8 @@ def enroll(
         bit_depth: Bits of a channel that the camera gives, such as 12, if the photos have more than 8 and do not say
             how many. It is kept with the product, whose photos all have to have it.
         false_alarm_rate: Share of good photos that may alarm: the product gets a threshold of its own, from how its
-            photos score against each other. null for the model's threshold. By default 0.05, if the bundle knows how
-            far scores scatter.
+            photos score against each other. null for the model's threshold. By default 0.05; for
+            bundles of 0.1.0, which know no scatter of scores, null.
         min_area: Fewest pixels of a region that is found, of the photo; smaller ones are left out. Change it later with
             `resad threshold`.
     """

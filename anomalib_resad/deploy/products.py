@@ -64,7 +64,8 @@ class Products(Model):
             false_alarm_rate (Rate): Share of good photos that may lie above the product's own threshold, which is
                 computed from its photos, and again when some are added or removed; of a single photo the model's stays.
                 ``None`` for the model's. ``"auto"`` for what the product had that is replaced; of a new one,
-                :data:`~anomalib_resad.enrollment.calibration.USUAL_RATE` if the bundle knows how far scores scatter.
+                :data:`~anomalib_resad.enrollment.calibration.USUAL_RATE`, unless the bundle knows a threshold and no
+                scatter of scores.
             min_area (int | None): Fewest pixels of a region that is found, of the photo, kept with the product;
                 ``None`` for what the product had that is replaced, of a new one 0.
 
@@ -103,7 +104,9 @@ class Products(Model):
             return bank.with_threshold(threshold)
         if rate == "auto" and before is not None:
             return bank.judged_as(before, self.manifest.scatter)
-        usual = None if self.manifest.spread is None else USUAL_RATE
+        # A model of 0.1.0 has a threshold and knows no scatter: then its threshold is the better guess.
+        of_model = self.manifest.spread is None and self.manifest.score.threshold is not None
+        usual = None if of_model else USUAL_RATE
         return bank.with_rate(usual if rate == "auto" else rate, self.manifest.scatter)
 
     def _earlier(self, name: str) -> Bank | None:
