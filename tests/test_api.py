@@ -126,6 +126,39 @@ def test_what_is_wrong_is_said_and_changes_nothing(client: Any, inferencer: ResA
     assert inferencer.bank("tiles").threshold is None
 
 
+def test_no_request_is_an_error_of_the_server(inferencer: ResADInferencer, good: list[Path]) -> None:
+    """Headers of NumPy's files that Python cannot even read, a boundary without an end, truth values for numbers."""
+    inferencer.enroll("tiles", good[:1], rotations=1)
+    address = "/v1/products/tiles"
+    with testclient.TestClient(application(inferencer), base_url=HOME, raise_server_exceptions=False) as client:
+        for header in (b"{'descr': '|u1', 'shape': (3,", b"-" * 9000 + b"1", b"(" * 9000, b"{1: 2, 'descr': 3}"):
+            content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+            answer = client.post(f"{address}/inspect", content=content, headers={"Content-Type": "image/x-npy"})
+            assert "damaged file of NumPy" in answer.json()["results"][0]["error"], header
+        many = {"photos": [{"content": "AA==", "shape": [1] * 70}]}
+        assert "are no uint8 of shape" in client.post(f"{address}/inspect", json=many).json()["results"][0]["error"]
+        form = {"Content-Type": "multipart/form-data; boundary=" + "a" * 5000}
+        assert client.post(f"{address}/inspect", content=b"--a", headers=form).status_code == 400
+        for where, given in (("threshold", "threshold"), ("threshold", "false_alarm_rate"), ("min_area", "min_area")):
+            answer = client.put(f"{address}/{where}", json={given: True})
+            assert answer.status_code == 422
+            assert f"{given}=true is no number" in answer.json()["detail"]
+        assert client.post("/v1/products/tiles?replace=true", files=photos(good[0])).status_code == 201
+
+
+def test_figures_do_not_grow_with_what_clients_make_up(client: Any, good: list[Path]) -> None:
+    for number in range(3):
+        client.request(f"MADEUP{number}", "/v1/products")
+        assert client.post(f"/v1/products/p{number}", files=photos(good[0])).status_code == 201
+        client.post(f"/v1/products/p{number}/inspect", files=photos(good[0]))
+        assert f'product="p{number}"' in client.get("/metrics").text
+        assert client.delete(f"/v1/products/p{number}").status_code == 204
+    figures = client.get("/metrics").text
+    assert "MADEUP" not in figures
+    assert 'product="p' not in figures
+    assert 'method="other"' in figures
+
+
 def test_the_guards_stand_before_it(inferencer: ResADInferencer) -> None:
     with testclient.TestClient(application(inferencer, token=TOKEN), base_url=HOME) as client:
         right = {"Authorization": f"Bearer {TOKEN}"}

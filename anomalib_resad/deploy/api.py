@@ -141,7 +141,9 @@ class Api:
 
     def remove(self, name: str) -> Response:
         """Remove a product."""
-        self.inferencer.remove(self._known(name))
+        name = self._known(name)
+        self.inferencer.remove(name)
+        self.metrics.forget(name)
         return Response(status_code=204)
 
     def set_threshold(self, name: str, wanted: ThresholdOptions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import numpy as np
 from fastapi import HTTPException, Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException
 
@@ -25,6 +25,7 @@ FORM, JSON, RAW = "multipart/form-data", "application/json", "application/octet-
 NPY = b"\x93NUMPY"  # how files of numpy.save begin
 SHAPE, DTYPE, NAME = "X-Shape", "X-Dtype", "X-Photo"  # headers of a body that is one photo
 UNNAMED = "photo"
+MOST_SIDES = 32  # of an array of NumPy 1; photos have two or three
 Dtype = Literal["uint8", "uint16"]
 OptionsT = TypeVar("OptionsT", bound=BaseModel)
 
@@ -36,6 +37,16 @@ class Options(BaseModel):
     """Options of a request; one that is not known is refused, since it would do nothing."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, given: Any) -> Any:  # noqa: ANN401  # whatever was sent
+        """Refuse ``true`` where a number belongs: it would count as 1."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                msg = f"{name}={str(value).lower()} is no number"
+                raise ValueError(msg)
+        return given
 
 
 class EnrollOptions(Options):
@@ -111,8 +122,9 @@ class Sent:
             shape, fortran, dtype = (
                 np.lib.format.read_array_header_1_0(file) if old else np.lib.format.read_array_header_2_0(file)
             )
-        except ValueError as error:
-            msg = f"{self.name}: damaged file of NumPy ({str(error).splitlines()[0]})."
+        except Exception as error:  # NumPy evaluates the header, which raises almost anything
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            msg = f"{self.name}: damaged file of NumPy ({why})."
             raise PhotoError(msg) from error
         return self._array(self.content[file.tell() :], shape, dtype, "F" if fortran else "C")
 
@@ -121,7 +133,7 @@ class Sent:
             msg = f"{self.name}: values of {dtype} are no pixels. Send uint8, or uint16 of a product's bit depth."
             raise PhotoError(msg)
         expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
-        if len(values) != expected or min(shape, default=0) < 1:
+        if len(values) != expected or len(shape) > MOST_SIDES or min(shape, default=0) < 1:
             msg = (
                 f"{self.name}: {len(values)} bytes are no {dtype} of shape {tuple(shape)}, which has {expected}. Send "
                 "height, width and 3 for red, green and blue, or height and width for gray."

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # no names under which a page is opened
 MOST_FILES = 20  # of one request; 2 to 8 are usual
+LONGEST_BOUNDARY = 70  # bytes, of RFC 2046; what parses forms fails on much longer ones
 MOST_JSON = 1_000_000  # bytes of a request without files
 PRODUCTS = "/v1/products/"  # photos come to these addresses in bodies of any type
 SHORTEST_TOKEN = 16
@@ -125,6 +126,8 @@ class Guard:
             return PlainTextResponse("Not served here.", 404)
         if int(headers.get("content-length", "0")) > most:
             return PlainTextResponse(_too_large(most), 413)
+        if _is_form(headers) and len(_boundary(headers)) > LONGEST_BOUNDARY:
+            return PlainTextResponse(f"The boundary of the form is longer than {LONGEST_BOUNDARY} bytes.", 400)
         return None
 
     def _is_own(self, origin: str, host: str) -> bool:
@@ -153,7 +156,7 @@ def _limited(headers: Headers, receive: Receive, most: int) -> Receive:
 
     parser = None
     if _is_form(headers):
-        boundary = parse_options_header(headers["content-type"])[1].get(b"boundary")
+        boundary = _boundary(headers)
         parser = MultipartParser(boundary, {"on_part_begin": count}) if boundary else None
 
     async def limited() -> Message:
@@ -175,6 +178,10 @@ def _limited(headers: Headers, receive: Receive, most: int) -> Receive:
 
 def _is_form(headers: Headers) -> bool:
     return headers.get("content-type", "").lower().startswith("multipart/")
+
+
+def _boundary(headers: Headers) -> bytes:
+    return parse_options_header(headers["content-type"])[1].get(b"boundary", b"")
 
 
 def _has_token(authorization: str, token: str) -> bool:

@@ -3,17 +3,19 @@
 """What Prometheus reads of the service."""
 
 import time
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anomalib_resad.deploy.prediction import Prediction
 
+METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # of the latency's histogram
 
 
 class Metrics:
-    """Figures of one application; names of products are labels, of which there are as many as products."""
+    """Figures of one application; names of products are labels, until the product is removed."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -39,6 +41,12 @@ class Metrics:
             self.alarms.labels(product).inc()
         elif found.label is not None:
             self.good.labels(product).observe(found.score)
+
+    def forget(self, product: str) -> None:
+        """Drop the figures of a product that was removed."""
+        for each in (self.alarms, self.scores, self.good):
+            with suppress(KeyError):  # none of its photos was inspected
+                each.remove(product)
 
 
 class Measured:
@@ -69,5 +77,6 @@ class Measured:
             await self.app(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path", "none")  # its pattern: paths would be a label without an end
-            self.metrics.requests.labels(scope["method"], route, status).inc()
+            method = scope["method"] if scope["method"] in METHODS else "other"  # clients may send any word
+            self.metrics.requests.labels(method, route, status).inc()
             self.metrics.seconds.labels(route).observe(time.perf_counter() - start)
