@@ -33,7 +33,7 @@ REQUIRED = ("backbone", "layers", "match", "sigma", "image_size")
 # In the post-processor: threshold, least and largest value of scores and of maps; what belongs to a product, a spread.
 IMAGE_SCALE = ("_image_threshold", "image_min", "image_max")
 PIXEL_SCALE = ("_pixel_threshold", "pixel_min", "pixel_max")
-OF_GOOD = ("product_threshold", "spread")
+OF_GOOD = ("product_threshold", "map_offset", "spread")
 
 
 def checksum(checkpoint: Mapping[str, Any]) -> str:

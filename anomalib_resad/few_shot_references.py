@@ -158,11 +158,11 @@ class FewShotReferences(Callback):
             return
         if not isinstance(post_processor, RankKeepingPostProcessor):
             return
-        scores = leave_one_out(model, pl_module.pre_processor)
-        post_processor.calibrate(scores, rate)
-        if not scores:  # of one photo, for which the post-processor says why there is no threshold
+        own = leave_one_out(model, pl_module.pre_processor)
+        post_processor.calibrate(own, rate)
+        if not own.scores:  # of one photo, for which the post-processor says why there is no threshold
             return
-        listed = ", ".join(f"{score:.3g}" for score in scores)
+        listed = ", ".join(f"{score:.3g}" for score in own.scores)
         rank_zero_info(
             f"Threshold {post_processor.image_threshold.item():.3g} at a target false-alarm rate of {rate:g}; the "
             f"references score {listed} against each other."

@@ -12,7 +12,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 
-from anomalib_resad.enrollment.calibration import least_rate, pooled_spread, product_threshold
+from anomalib_resad.enrollment.calibration import OwnScores, least_rate, pooled_spread, product_threshold
 from anomalib_resad.enrollment.thresholds import Thresholds, normalize, product_map_threshold
 from anomalib_resad.method.distributed import is_distributed
 
@@ -37,6 +37,7 @@ class RankKeepingPostProcessor(PostProcessor):
 
     Attributes:
         product_threshold (Tensor): Raw threshold of the enrolled product's scores; NaN for the source's.
+        map_offset (Tensor): How much higher that is than the threshold of its maps; NaN if unknown.
         spread (Tensor): Standard deviation of good images' raw scores within the source categories; NaN if unknown.
     """
 
@@ -46,13 +47,15 @@ class RankKeepingPostProcessor(PostProcessor):
     def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401  # anomalib's arguments
         super().__init__(**kwargs)
         self.register_buffer("product_threshold", torch.tensor(math.nan))
+        self.register_buffer("map_offset", torch.tensor(math.nan))
         self.register_buffer("spread", torch.tensor(math.nan))
         self.product_threshold: Tensor
+        self.map_offset: Tensor
         self.spread: Tensor
         self._scored: dict[str, float] = {}  # raw scores of good validation images by path
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        for name in ("product_threshold", "spread"):  # earlier checkpoints lack them
+        for name in ("product_threshold", "map_offset", "spread"):  # earlier checkpoints lack them
             state_dict.setdefault(f"{prefix}{name}", torch.tensor(math.nan))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -66,20 +69,22 @@ class RankKeepingPostProcessor(PostProcessor):
     @property
     def pixel_threshold(self) -> Tensor:
         """Raw threshold of the maps; see :func:`~anomalib_resad.enrollment.thresholds.product_map_threshold`."""
-        return product_map_threshold(super().pixel_threshold, super().image_threshold, self.product_threshold, torch)
+        learned = super().pixel_threshold, super().image_threshold
+        return product_map_threshold(*learned, self.product_threshold, self.map_offset, torch)
 
     @property
     def source_thresholds(self) -> tuple[Tensor, Tensor]:
         """Raw thresholds of scores and maps that were learned on the source categories."""
         return super().image_threshold, super().pixel_threshold
 
-    def calibrate(self, scores: Sequence[float], rate: float) -> None:
+    def calibrate(self, own: OwnScores, rate: float) -> None:
         """Give the enrolled product a threshold of its own; see :func:`calibration.product_threshold`.
 
         Args:
-            scores (Sequence[float]): Raw leave-one-out scores of its reference photos.
+            own (OwnScores): What its reference photos score, each against the others.
             rate (float): Target false-alarm rate.
         """
+        scores = own.scores
         if len(scores) < 2:
             logger.warning(
                 "false_alarm_rate=%g needs two reference photos or more, each scored against the others; there is %d. "
@@ -90,6 +95,7 @@ class RankKeepingPostProcessor(PostProcessor):
             self.forget_product()
             return
         self.product_threshold.fill_(product_threshold(scores, self.spread.item(), rate))
+        self.map_offset.fill_(own.map_offset)
         if rate < least_rate(len(scores)):
             logger.warning(
                 "%d reference photos cannot show a false-alarm rate under %.0f %%; for the target of %g %% %s. "
@@ -105,6 +111,7 @@ class RankKeepingPostProcessor(PostProcessor):
     def forget_product(self) -> None:
         """Go back to the source categories' thresholds."""
         self.product_threshold.fill_(math.nan)
+        self.map_offset.fill_(math.nan)
 
     def thresholds(self, scores: Sequence[float]) -> Thresholds:
         """What goes beside an exported model; ``scores`` are the reference photos' leave-one-out scores."""

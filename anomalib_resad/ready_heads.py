@@ -38,7 +38,7 @@ HEADS = Path(__file__).with_name("heads")
 CARD = "card"  # metadata of the file; a single entry, because safetensors keeps no order of several
 PROBE = "probe"
 TRAINED = ("model.encoder.join.", "model.estimator.", "post_processor.")  # what of a ResAD is in a head
-OF_PRODUCT = "post_processor.product_threshold"
+OF_PRODUCT = ("post_processor.product_threshold", "post_processor.map_offset")
 PROBE_SIDE = 64
 SAME = 0.02  # most difference of two probes of the same weights, which float32 and folded batch norms leave far below
 # Settings that a head is made for. Size and smoothing of the map are the user's.
@@ -85,8 +85,8 @@ def write_head(module: Any, path: Path, about: dict[str, Any]) -> None:  # noqa:
         ValueError: If something that was trained is not finite, as the threshold is where none was learned.
     """
     state = module.state_dict()
-    tensors = {name: value.cpu().contiguous() for name, value in state.items() if name.startswith(TRAINED)}
-    del tensors[OF_PRODUCT]
+    trained = [name for name in state if name.startswith(TRAINED) and name not in OF_PRODUCT]
+    tensors = {name: state[name].cpu().contiguous() for name in trained}
     broken = [name for name, value in tensors.items() if not bool(torch.isfinite(value.float()).all())]
     if broken:
         msg = f"No head was written: {broken} are not finite. Train on products with good and defective photos."

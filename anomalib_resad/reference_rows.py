@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
+from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.image_size import Size, size_of_photos
 from anomalib_resad.enrollment.photos import read_pixels
@@ -93,15 +94,15 @@ def reference_rows(
 
 
 @torch.no_grad()
-def leave_one_out(model: ResADModel, pre_processor: nn.Module | None) -> list[float]:
-    """Raw score of each enrolled photo against the bank without it, from the bank's rows alone.
+def leave_one_out(model: ResADModel, pre_processor: nn.Module | None) -> OwnScores:
+    """What each enrolled photo scores against the bank without it, from the bank's rows alone.
 
     Args:
         model (ResADModel): The model, with a filled bank. It is left in the mode that it was in.
         pre_processor (nn.Module | None): What comes before it.
 
     Returns:
-        list[float]: One score per photo; none of fewer than two photos.
+        OwnScores: One score per photo; none of fewer than two photos.
 
     Raises:
         RuntimeError: If the bank is empty.
@@ -124,9 +125,8 @@ def leave_one_out(model: ResADModel, pre_processor: nn.Module | None) -> list[fl
             )
             raise ValueError(msg)
         split = [level.split(len(level) // photos) for level in rows]  # per level and photo
-        return [
-            _score_one(model, split, grids, index, blank.shape[-2:]) for index in range(photos if photos > 1 else 0)
-        ]
+        indices = range(photos if photos > 1 else 0)
+        return own_scores(_score_one(model, split, grids, index, blank.shape[-2:]) for index in indices)
     finally:
         model.train(was_training)
 
@@ -137,8 +137,8 @@ def _score_one(
     grids: Sequence[tuple[int, ...]],
     index: int,
     image_size: Sequence[int],
-) -> float:
-    """Score one photo, whose own patches are the first of its rows, against the rows of the others."""
+) -> tuple[float, np.ndarray]:
+    """Score and map of one photo, whose own patches are the first of its rows, against the rows of the others."""
     own = [
         parts[index][: grid[0] * grid[1]].reshape(1, *grid, -1).permute(0, 3, 1, 2)
         for parts, grid in zip(split, grids, strict=True)
@@ -146,6 +146,7 @@ def _score_one(
     others = [torch.cat([*parts[:index], *parts[index + 1 :]]) for parts in split]
     keyed = model.bank.keyed
     searched = model.bank.thin_out(rows_from_list(others, keyed), len(split[0]) - 1)
-    score = model.detect(from_list(own, keyed), searched, image_size).pred_score
-    assert score is not None
-    return score.item()
+    found = model.detect(from_list(own, keyed), searched, image_size)
+    assert found.pred_score is not None
+    assert found.anomaly_map is not None
+    return found.pred_score.item(), found.anomaly_map[0, 0].cpu().numpy()

@@ -37,7 +37,7 @@ from benchmarks.settings import PACKAGES
 from benchmarks.target import target_data
 
 MAY_GROW = ("shots", "draws", "versions")  # what may change when a run goes on
-FIGURES = ["F1", "false_alarm_rate", "recall", "pixel_F1"]
+FIGURES = ["F1", "false_alarm_rate", "recall", "pixel_F1", "shown", "good_shown"]
 
 
 def f1_score(found: Tensor, labels: Tensor) -> float:
@@ -52,6 +52,17 @@ def image_figures(found: Tensor, labels: Tensor) -> dict[str, float]:
         "F1": f1_score(found, labels),
         "false_alarm_rate": float(found[~labels].float().mean()),
         "recall": float(found[labels].float().mean()),
+    }
+
+
+def shown(above: Tensor, found: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of the defective images that were found, and of the good ones, the share whose map goes above its threshold.
+
+    All boolean, shape ``(N,)``; NaN of none.
+    """
+    return {
+        "shown": float(above[found & labels].float().mean()),
+        "good_shown": float(above[~labels].float().mean()),
     }
 
 
@@ -123,7 +134,9 @@ def measure(
 
     def judge(rule: str, rate: float | None, post_processor: RankKeepingPostProcessor) -> None:
         threshold, pixel = post_processor.image_threshold.item(), post_processor.pixel_threshold.item()
-        row = {"rule": rule, "rate": rate, "threshold": threshold} | image_figures(scores > threshold, labels)
+        found = scores > threshold
+        row = {"rule": rule, "rate": rate, "threshold": threshold} | image_figures(found, labels)
+        row |= shown(maps.amax(dim=(1, 2)) > pixel, found, labels)
         rules.append(row | {"pixel_F1": None if masks is None else f1_score(maps > pixel, masks)})
 
     source.forget_product()
@@ -139,7 +152,7 @@ def measure(
     rules.append({"rule": "anomalib, labeled half"} | image_figures(halves, labels))
     return {
         "rules": rules,
-        "leave_one_out": references,
+        "leave_one_out": references.scores,
         "references": [name for name, _ in model.model.bank.record.files],
         "good": int((~labels).sum()),
         "defective": int(labels.sum()),

@@ -13,7 +13,14 @@ from scipy.stats import norm
 
 from anomalib_resad import ResAD
 from anomalib_resad.calibration import Thresholds
-from anomalib_resad.enrollment.calibration import PRIOR, least_rate, pooled_spread, product_threshold
+from anomalib_resad.enrollment.calibration import (
+    PRIOR,
+    OwnScores,
+    least_rate,
+    own_scores,
+    pooled_spread,
+    product_threshold,
+)
 from anomalib_resad.export.anomalib_export import write_thresholds
 from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Features
@@ -112,11 +119,17 @@ def test_each_reference_is_scored_as_a_photo_is_against_the_others(
             model.model.bank.fill(Features([torch.cat(level) for level in zip(*(one.values for one in chosen))]))  # noqa: B905
 
         fill(features)
-        scores = leave_one_out(model.model, model.pre_processor)
+        own = leave_one_out(model.model, model.pre_processor)
+        offsets = []
         for index, image in enumerate(images):
             fill(features[:index] + features[index + 1 :])
-            assert scores[index] == pytest.approx(model.model(image).pred_score.item(), abs=1e-6)
-    assert len(set(scores)) == 3
+            found = model.model(image)
+            assert own.scores[index] == pytest.approx(found.pred_score.item(), abs=1e-6)
+            top = found.anomaly_map.flatten().topk(round(0.01 * found.anomaly_map.numel())).values
+            offsets.append(found.pred_score.item() - top.mean().item())
+    assert len(set(own.scores)) == 3
+    assert own.map_offset == pytest.approx(np.mean(offsets), abs=1e-5)
+    assert math.isnan(own_scores([]).map_offset)
 
 
 def test_a_reduced_bank_is_refused(trained: Path) -> None:
@@ -141,17 +154,17 @@ def test_a_product_gets_its_own_threshold_which_is_saved(
     caplog.set_level(logging.WARNING)
     source = ResAD(checkpoint=trained).post_processor
     model, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.05)
-    scores = leave_one_out(model.model, model.pre_processor)
+    own = leave_one_out(model.model, model.pre_processor)
+    scores = own.scores
     assert len(scores) == 4
     expected = product_threshold(scores, source.spread.item(), 0.05)
     assert "4 reference photos cannot show a false-alarm rate under 20 %" in caplog.text
     for restored in (ResAD.load_from_checkpoint(checkpoint), ResAD(checkpoint=checkpoint)):
         post_processor = restored.post_processor
         assert post_processor.image_threshold.item() == pytest.approx(expected)
-        shift = expected - source.image_threshold.item()
-        assert post_processor.pixel_threshold.item() == pytest.approx(source.pixel_threshold.item() + shift)
+        assert post_processor.pixel_threshold.item() == pytest.approx(expected - own.map_offset)
         assert torch.equal(post_processor._image_threshold, source._image_threshold), "the source's is kept"
-        assert leave_one_out(restored.model, restored.pre_processor) == pytest.approx(scores, abs=1e-6)
+        assert leave_one_out(restored.model, restored.pre_processor).scores == pytest.approx(scores, abs=1e-6)
     batch = restored.post_processor(restored.eval().model(torch.zeros(1, 3, 64, 64)))
     assert bool(batch.pred_label) == (batch.pred_score.item() > 0.5)
 
@@ -159,9 +172,10 @@ def test_a_product_gets_its_own_threshold_which_is_saved(
 def test_another_product_does_not_inherit_it(trained: Path, products: Path, tmp_path: Path) -> None:
     _, checkpoint = enroll(trained, products, tmp_path, k_shot=4, false_alarm_rate=0.05)
     other = ResAD(checkpoint=checkpoint, k_shot=4, visualizer=False)
-    assert not torch.isnan(other.post_processor.product_threshold)
+    assert not torch.isnan(other.post_processor.product_threshold + other.post_processor.map_offset)
     quiet_engine(tmp_path).test(other, datamodule=product(products, "pill"), verbose=False)
     assert torch.isnan(other.post_processor.product_threshold)
+    assert torch.isnan(other.post_processor.map_offset)
 
 
 def test_one_reference_keeps_the_stored_threshold_and_says_so(
@@ -183,7 +197,7 @@ def test_the_training_itself_can_calibrate(products: Path, tmp_path: Path) -> No
     data.val_ratio = 0.4  # three good photos of each category, which have a scatter
     engine.fit(model, datamodule=data)
     saved = ResAD.load_from_checkpoint(engine.best_model_path).eval()
-    expected = leave_one_out(saved.model, saved.pre_processor)
+    expected = leave_one_out(saved.model, saved.pre_processor).scores
     assert len(expected) == 2
     assert 0 < saved.post_processor.spread < 3
     threshold = product_threshold(expected, saved.post_processor.spread.item(), 0.3)
@@ -195,7 +209,7 @@ def test_distance_without_any_training_gets_labels(products: Path, tmp_path: Pat
     model = ResAD(**DISTANCE | {"k_shot": 6}, false_alarm_rate=0.1, visualizer=False)
     data = product(products, "tiles")
     batches = quiet_engine(tmp_path).predict(model, datamodule=data, return_predictions=True)
-    scores = leave_one_out(model.model, model.pre_processor)
+    scores = leave_one_out(model.model, model.pre_processor).scores
     assert model.post_processor.image_threshold.item() == pytest.approx(product_threshold(scores, math.nan, 0.1))
     for batch in batches:
         assert batch.pred_label.tolist() == (batch.pred_score > 0.5).tolist()
@@ -208,13 +222,13 @@ def test_thresholds_of_a_flow_are_not_those_of_distances(trained: Path) -> None:
 
 def test_earlier_checkpoints_have_no_spread(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained, weights_only=True)
-    for name in ("product_threshold", "spread"):
+    for name in ("product_threshold", "map_offset", "spread"):
         del content["state_dict"][f"post_processor.{name}"]
     rewrite(content, tmp_path / "earlier.ckpt")
     for model in (ResAD.load_from_checkpoint(tmp_path / "earlier.ckpt"), ResAD(checkpoint=tmp_path / "earlier.ckpt")):
         assert model.post_processor.has_statistics
         assert torch.isnan(model.post_processor.spread)
-        model.post_processor.calibrate([1.0, 1.1, 1.3, 1.2], 0.3)
+        model.post_processor.calibrate(OwnScores((1.0, 1.1, 1.3, 1.2), 0.2), 0.3)
         assert model.post_processor.image_threshold.item() == pytest.approx(
             product_threshold([1.0, 1.1, 1.3, 1.2], math.nan, 0.3)
         )
@@ -238,9 +252,9 @@ def test_the_thresholds_file_is_of_the_estimator_that_is_exported(
     model = ResAD(checkpoint=checkpoint, estimator="distance").eval()
     write_thresholds(tmp_path / "model.onnx", model.model, model.pre_processor, model.post_processor)
     thresholds = Thresholds.read(tmp_path / "model.thresholds.json")
-    assert thresholds.leave_one_out == pytest.approx(leave_one_out(model.model, model.pre_processor))
+    assert thresholds.leave_one_out == pytest.approx(leave_one_out(model.model, model.pre_processor).scores)
     flow = ResAD(checkpoint=checkpoint).eval()
-    others = leave_one_out(flow.model, flow.pre_processor)
+    others = leave_one_out(flow.model, flow.pre_processor).scores
     assert all(abs(one - other) > 1e-3 for one, other in zip(thresholds.leave_one_out, others, strict=True))
 
 

@@ -262,6 +262,7 @@ def test_thresholds(inferencer: ResADInferencer, trained: Path, good: list[Path]
         assert found.score == pytest.approx(0.5, abs=0.01)
         assert not np.array_equal(found.map, before.map)
         evaluation.model.post_processor.product_threshold.fill_(before.raw_score + shift)
+        evaluation.model.post_processor.map_offset.fill_(inferencer.bank("tiles").map_offset)
         np.testing.assert_allclose(found.map, evaluation.predict(new[0]).map, atol=1e-4, err_msg="as in PyTorch")
     with pytest.raises(ValueError, match="finite"):
         inferencer.set_threshold("tiles", float("nan"))

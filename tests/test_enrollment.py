@@ -158,7 +158,7 @@ def test_enrolled_product_says_how_it_was_rotated(
         bank = model.model.bank
         assert bank.record.rotations == expected
         assert [len(level) for level in as_list(bank.rows)] == [4 * kept_rows(64, expected)] * 2
-        assert len(leave_one_out(model.model, model.pre_processor)) == 4
+        assert len(leave_one_out(model.model, model.pre_processor).scores) == 4
     path = tmp_path / "three.ckpt"
     engine = quiet_engine(tmp_path)
     engine.fit(model, datamodule=product(products, "tiles"))
@@ -194,7 +194,7 @@ def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Pa
     photos = list(read_references(paths).values())
     rows, orientations = reference_rows(model.model, model.pre_processor, photos, "auto")
     model.model.bank.store(rows, BankRecord(photos=4, rotations=orientations))
-    scores = leave_one_out(model.model, model.pre_processor)
+    scores = leave_one_out(model.model, model.pre_processor).scores
     others, _ = reference_rows(model.model, model.pre_processor, photos[1:], orientations)
     others = model.model.bank.thin_out(others, 3)
     features = encode_photo(model.model, model.pre_processor, as_tensor(photos[0]))

@@ -92,12 +92,27 @@ def test_one_normalization_for_all(threshold: float, low: float, high: float) ->
     assert ours[3].item() == pytest.approx(0.5 + u / (2 * (1 + abs(u))), abs=1e-6)
 
 
-@pytest.mark.parametrize(("own", "source", "expected"), [(math.nan, 1.0, 2.0), (1.5, 1.0, 2.5), (1.5, math.nan, 1.5)])
-def test_threshold_of_maps_moves_with_that_of_scores(own: float, source: float, expected: float) -> None:
+@pytest.mark.parametrize(
+    ("own", "source", "offset", "expected"),
+    [
+        (math.nan, 1.0, math.nan, 2.0),
+        (math.nan, 1.0, 0.25, 2.0),
+        (1.5, 1.0, math.nan, 2.5),
+        (1.5, math.nan, math.nan, 1.5),
+        (1.5, 1.0, 0.25, 1.25),
+        (1.5, math.nan, 0.25, 1.25),
+    ],
+)
+def test_threshold_of_maps_follows_that_of_scores(own: float, source: float, offset: float, expected: float) -> None:
     of_maps = 2.0 if source == 1.0 else math.nan
-    assert product_map_threshold(of_maps, source, own) == expected
+    assert product_map_threshold(of_maps, source, own, offset) == expected
     post_processor = RankKeepingPostProcessor()
-    for name, value in (("_image_threshold", source), ("_pixel_threshold", of_maps), ("product_threshold", own)):
+    for name, value in (
+        ("_image_threshold", source),
+        ("_pixel_threshold", of_maps),
+        ("product_threshold", own),
+        ("map_offset", offset),
+    ):
         getattr(post_processor, name).fill_(value)
     assert post_processor.pixel_threshold.item() == expected
 

@@ -4,6 +4,7 @@
 
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sklearn.metrics import f1_score as sklearn_f1
 from anomalib_resad import ResAD
 from anomalib_resad.enrollment.calibration import product_threshold
 from benchmarks.methods import Method
-from benchmarks.threshold import best_possible, best_threshold, f1_score, image_figures, labeled_half, main
+from benchmarks.threshold import best_possible, best_threshold, f1_score, image_figures, labeled_half, main, shown
 from tests.conftest import product
 
 CONFIGS = Path(__file__).resolve().parents[1] / "benchmarks" / "configs"
@@ -77,6 +78,7 @@ def test_a_whole_run(
         assert (figures.F1["best possible", 0.0] >= figures.F1).all()
         assert (figures.pixel_F1.dropna() <= figures.pixel_F1["best possible", 0.0] + 1e-6).all()
         assert figures.threshold["calibrated", 0.1] > figures.threshold["calibrated", 0.4]
+        assert figures.good_shown["calibrated", 0.1] <= figures.good_shown["calibrated", 0.4]
     row = json.loads(cells.splitlines()[0])
     low, high = (product_threshold(row["leave_one_out"], 1.0, rate) for rate in (0.4, 0.1))
     spread = (row["rules"][1]["threshold"] - row["rules"][2]["threshold"]) / (high - low)
@@ -88,6 +90,14 @@ def test_a_whole_run(
     (tmp_path / "sources" / "ResAD_without_pill_12345678.ckpt").unlink()
     with pytest.raises(FileNotFoundError, match=r"must hold one ResAD_without_<category>_<digest>\.ckpt.*'pill': \[\]"):
         main(**arguments)
+
+
+def test_share_of_photos_whose_map_shows_something() -> None:
+    labels = torch.tensor([True, True, True, False, False])
+    found = torch.tensor([True, True, False, True, False])
+    above = torch.tensor([True, False, True, False, True])
+    assert shown(above, found, labels) == {"shown": 0.5, "good_shown": 0.5}
+    assert math.isnan(shown(above, ~labels, labels)["shown"]), "none was found"
 
 
 def test_configs_name_what_there_is() -> None:

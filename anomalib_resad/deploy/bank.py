@@ -49,6 +49,8 @@ class Bank:
         leave_one_out (tuple[float, ...] | None): Raw score of each photo against the others, none of a single one;
             ``None`` in banks of 0.1.0.
         min_area (int): Fewest pixels of a region that is found, of the photo.
+        map_offset (float | None): How much higher these scores are than the top of the photos' maps, on the mean;
+            ``None`` of a single photo, and if unknown.
     """
 
     product: str
@@ -62,6 +64,7 @@ class Bank:
     false_alarm_rate: float | None = None
     leave_one_out: tuple[float, ...] | None = None
     min_area: int = 0
+    map_offset: float | None = None
 
     @property
     def size(self) -> int:
@@ -124,6 +127,7 @@ class Bank:
     def _metadata(self) -> dict[str, str]:
         # What is as it always was is left out, so that equal banks of earlier versions are equal files.
         added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
+        added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
         return added | {
             "format": FORMAT,
             "product": self.product,

@@ -67,6 +67,7 @@ def _read(path: Path) -> Bank:
         false_alarm_rate=json.loads(metadata.get("false_alarm_rate", "null")),
         leave_one_out=None if scores is None else tuple(scores),
         min_area=json.loads(metadata.get("min_area", "0")),
+        map_offset=json.loads(metadata.get("map_offset", "null")),
     )
 
 
@@ -128,6 +129,9 @@ def _check_scores(bank: Bank) -> None:
         len(scores) == (photos if photos > 1 else 0) and all(is_threshold(each) for each in scores)
     ):
         msg = f"its photos' own scores are not {photos} finite numbers."
+        raise ValueError(msg)
+    if bank.map_offset is not None and not is_threshold(bank.map_offset):
+        msg = f"map_offset={bank.map_offset!r} is no finite number."
         raise ValueError(msg)
 
 

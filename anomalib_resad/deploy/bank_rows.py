@@ -8,6 +8,7 @@ import numpy as np
 
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.coreset import searched, thin_out
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.rotations import Rows, kept_rows
@@ -56,30 +57,28 @@ def padded(rows: np.ndarray, multiple: int) -> np.ndarray:
 
 
 def leave_one_out(
-    bank: Bank, manifest: Manifest, score: Callable[[Sequence[np.ndarray]], float]
-) -> tuple[float, ...] | None:
-    """Raw score of each photo against a bank of the others, as an inspection gives it.
+    bank: Bank, manifest: Manifest, detect: Callable[[Sequence[np.ndarray]], tuple[float, np.ndarray]]
+) -> OwnScores | None:
+    """What each photo scores against a bank of the others, as an inspection gives it.
 
     Args:
         bank (Bank): The bank.
         manifest (Manifest): The bundle's.
-        score (Callable[[Sequence[np.ndarray]], float]): Raw score of one photo: its features ``(1, C_l, H_l, W_l)``,
-            then the rows of the bank, a multiple of ``manifest.row_multiple``.
+        detect (Callable[[Sequence[np.ndarray]], tuple[float, np.ndarray]]): Raw score and map of one photo, of its
+            features ``(1, C_l, H_l, W_l)``, then the rows of the bank, a multiple of ``manifest.row_multiple``.
 
     Returns:
-        tuple[float, ...] | None: One score per photo; none of a single photo; ``None`` if the bank is not whole.
+        OwnScores | None: One score per photo; none of a single photo; ``None`` if the bank is not whole.
     """
     photos, most = len(bank.references), bank.max_patches
     if not is_whole(bank, manifest):
         return None
-    if photos < 2:
-        return ()
     rows = levels_of(bank, manifest)
     own = [np.split(level, photos) for level in rows]
     # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
     known = [np.split(level, photos) for level in (rows if most else searched_rows(rows, photos, manifest, None))]
-    scores = []
-    for photo in range(photos):
+
+    def found(photo: int) -> tuple[float, np.ndarray]:
         features = [
             parts[photo][: level.patches].reshape(1, level.height, level.width, -1).transpose(0, 3, 1, 2)
             for parts, level in zip(own, manifest.levels, strict=True)
@@ -88,5 +87,6 @@ def leave_one_out(
         if most:
             others = searched_rows(others, photos - 1, manifest, most)
         rest = [padded(level, manifest.row_multiple) for level in others]
-        scores.append(score([*map(np.ascontiguousarray, features), *rest]))
-    return tuple(scores)
+        return detect([*map(np.ascontiguousarray, features), *rest])
+
+    return own_scores(map(found, range(photos if photos > 1 else 0)))

@@ -88,6 +88,7 @@ class Model:
             raise ValueError(msg)
         return bank
 
-    def _score(self, features_and_rows: Sequence[np.ndarray]) -> float:
-        """Raw score of one photo: its features, then the rows of a bank."""
-        return float(self._run(DETECTOR, list(features_and_rows))[0][0])
+    def _detect(self, features_and_rows: Sequence[np.ndarray]) -> tuple[float, np.ndarray]:
+        """Raw score and map of one photo: its features, then the rows of a bank."""
+        scores, maps = self._run(DETECTOR, list(features_and_rows))
+        return float(scores[0]), maps[0, 0]

@@ -84,7 +84,7 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 def scales_of(manifest: Manifest, bank: Bank) -> tuple[tuple[np.float32, ...], tuple[np.float32, ...]]:
     """Threshold, low and high of a product's scores, and of its maps, in the precision of the model's outputs.
 
-    The threshold of the maps moves with that of the scores.
+    The threshold of the maps follows that of the scores.
 
     Args:
         manifest (Manifest): The bundle's.
@@ -92,8 +92,8 @@ def scales_of(manifest: Manifest, bank: Bank) -> tuple[tuple[np.float32, ...], t
     """
     threshold, *score_range = manifest.score.numbers
     map_threshold, *map_range = manifest.map.numbers
-    own = math.nan if bank.threshold is None else bank.threshold
-    moved = product_map_threshold(map_threshold, threshold, own)
+    own, offset = (math.nan if each is None else each for each in (bank.threshold, bank.map_offset))
+    moved = product_map_threshold(map_threshold, threshold, own, offset)
     chosen = threshold if bank.threshold is None else own
     return _float32(chosen, *score_range), _float32(moved, *map_range)
 

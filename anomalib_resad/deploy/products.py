@@ -238,5 +238,7 @@ class Products(Model):
         )
 
     def _with_scores(self, bank: Bank) -> Bank:
-        scores = leave_one_out(bank, self.manifest, self._score)
-        return replace(bank, leave_one_out=scores)
+        own = leave_one_out(bank, self.manifest, self._detect)
+        if own is None:
+            return replace(bank, leave_one_out=None, map_offset=None)
+        return replace(bank, leave_one_out=own.scores, map_offset=own.map_offset if own.scores else None)

@@ -8,8 +8,9 @@ far is usual, and the product's own scores correct that as far as they go.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -23,6 +24,30 @@ PRIOR = 4
 # Target false-alarm rate where a product gets a threshold of its own, unless another one is asked for.
 USUAL_RATE = 0.05
 DRAWS = 20_000  # of what the location and the scatter of a product may be
+TOP_SHARE = 0.01  # of a map's pixels, the most anomalous ones, whose mean says how high the map goes
+
+
+class OwnScores(NamedTuple):
+    """What the good photos of a product score, each against a bank of the others.
+
+    Attributes:
+        scores (tuple[float, ...]): Raw scores; none of a single photo.
+        map_offset (float): How much higher these scores are than the top of the photos' maps, on the mean; NaN of a
+            single photo. Maps are smoothed, and scores are not, or less.
+    """
+
+    scores: tuple[float, ...]
+    map_offset: float
+
+
+def own_scores(found: Iterable[tuple[float, np.ndarray]]) -> OwnScores:
+    """What is kept of the raw score and the raw map, shape ``(H, W)``, of each good photo."""
+    scores, offsets = [], []
+    for score, anomaly_map in found:
+        most = max(1, round(TOP_SHARE * anomaly_map.size))
+        scores.append(float(score))
+        offsets.append(float(score) - float(np.partition(anomaly_map.ravel(), -most)[-most:].mean(dtype=np.float64)))
+    return OwnScores(tuple(scores), float(np.mean(offsets)) if offsets else math.nan)
 
 
 def check_rate(rate: object) -> None:

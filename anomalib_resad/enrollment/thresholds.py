@@ -67,19 +67,22 @@ def denormalize(value: float, threshold: float, low: float, high: float) -> floa
     return float(center + v / (1 - abs(v)) * width / 2)
 
 
-def product_map_threshold(map_threshold: Any, threshold: Any, own: Any, xp: Any = np) -> Any:  # noqa: ANN401
+def product_map_threshold(map_threshold: Any, threshold: Any, own: Any, offset: Any, xp: Any = np) -> Any:  # noqa: ANN401
     """Raw threshold of the maps of a product that has a threshold of its own.
 
-    It moves with that of the scores, which are maxima of maps, or nearly.
+    It lies below that of the scores by as much as the maps of the product's good photos lie below their scores. Where
+    that is unknown, it moves with that of the scores from where it was learned, which is often too high.
 
     Args:
         map_threshold (Any): Raw threshold of maps that was learned on the source categories; NaN if unknown.
         threshold (Any): The same of scores.
         own (Any): The product's own threshold of scores; NaN for none.
+        offset (Any): :attr:`~anomalib_resad.enrollment.calibration.OwnScores.map_offset`; NaN if unknown.
         xp (Any): ``numpy``, or ``torch`` for tensors.
     """
     moved = map_threshold + own - threshold
     moved = xp.where(xp.isnan(moved), own, moved)  # no source was learned from
+    moved = xp.where(xp.isnan(offset), moved, own - offset)
     return xp.where(xp.isnan(own), map_threshold, moved)
 
 

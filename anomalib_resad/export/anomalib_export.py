@@ -78,5 +78,5 @@ def write_thresholds(
     The references' own scores are computed from the bank as it is exported; a bank that holds no whole photos has none.
     """
     if isinstance(post_processor, RankKeepingPostProcessor):
-        scores = leave_one_out(model, pre_processor) if model.bank.record.photos else []
+        scores = leave_one_out(model, pre_processor).scores if model.bank.record.photos else ()
         post_processor.thresholds(scores).write(path.with_suffix(".thresholds.json"))
