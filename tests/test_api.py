@@ -72,6 +72,13 @@ def test_scores_are_those_of_the_inferencer(
     assert f'resad_score_count{{product="tiles"}} {float(2 * len(sent) + 1)}' in figures
     assert 'resad_request_seconds_count{route="/v1/products/{name}/inspect"} 3.0' in figures
     assert "resad_queue 0.0" in figures
+    region = client.post(
+        "/v1/products/part", files=photos(*good[:2]), data={"rotations": "1", "region": "8,8 40,8 40,40 8,40"}
+    )
+    assert region.json()["region"] == 0.25
+    refused = client.post("/v1/products/other", files=photos(good[0]), data={"region": str(good[0])})
+    assert refused.status_code == 422
+    assert "is no polygon" in refused.json()["detail"], "the web names no files"
     assert client.put("/v1/products/tiles/min_area", json={"min_area": 7}).json()["min_area"] == 7
     assert client.put("/v1/products/tiles/min_area", json={"min_area": -7}).status_code == 422
     told = client.put("/v1/products/tiles/threshold", json={"threshold": None}).json()

@@ -168,6 +168,20 @@ def by_consumer(path: Path, cells: list[str], column: str) -> list[float]:
     return [1e7 * float(row["from_evaluation" if "evaluation" in column else "from_edge"])]
 
 
+def share_that_moved(path: Path, cells: list[str], column: str) -> list[float]:
+    what, shift = re.fullmatch(r"(\w+)(?: by (\d+) %)?", cells[0]).groups()  # type: ignore[union-attr]
+    apart = "composite" in column
+    rows = [
+        row
+        for row in records(path)
+        if (row["what"], float(row["shift"])) == (what, int(shift or 0) / 100)
+        and row["told"] == "True"
+        and (row["product"] == "composite_layup") == apart
+    ]
+    photos, moved = (sum(int(row[name]) for row in rows) for name in ("photos", "moved"))
+    return [photos if column == "how many" else 100 * moved / photos]
+
+
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "time over the backbone": time_over_backbone,
@@ -179,6 +193,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "on a new device": on_a_new_device,
     "megabytes by sizes": memory_by_sizes,
     "by consumer": by_consumer,
+    "share that moved": share_that_moved,
 }
 
 

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,18 @@ def test_a_threshold_from_the_photos(page: Page, good: list[Path], new: list[Pat
             page.calibrate("tiles", wrong)
     with pytest.raises(gradio.Error, match="Choose a product"):
         page.calibrate(None, 5)
+
+
+def test_what_has_moved_is_told(page: Page, good: list[Path], new: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The region is a polygon; a file of the server is none."""
+    files = [str(path) for path in good[:2]]
+    with pytest.raises(gradio.Error, match="is no polygon"):
+        page.enroll("tiles", files, 1, "auto", str(good[0]))
+    page.enroll("tiles", files, 1, "auto", "8,8 40,8 40,40 8,40")
+    assert page.inferencer.bank("tiles").region is not None
+    found, pixels = page.inferencer.inspect(str(new[0]), "tiles")
+    monkeypatch.setattr(page.inferencer, "inspect", lambda *_: (replace(found, moved=True, label=None), pixels))
+    assert page.inspect(str(new[0]), "tiles", 0.5)[2].startswith("## moved\ntiles: ")
 
 
 def test_small_places_are_left_out(page: Page, good: list[Path], new: list[Path]) -> None:
@@ -313,7 +326,7 @@ def test_what_one_session_enrolls_another_can_use(
     client = serve()
     assert client.get("/").status_code == 200
     assert "not enrolled" in call(client, "inspect", *uploaded(client, new[0]), "tiles", 0.5, session="two")[2]
-    assert call(client, "enroll", "tiles", uploaded(client, *good[:2]), 1, "auto")[0].startswith(
+    assert call(client, "enroll", "tiles", uploaded(client, *good[:2]), 1, "auto", "")[0].startswith(
         "**tiles** is enrolled."
     )
     for number in range(12):
@@ -499,7 +512,7 @@ def test_only_uploads_are_read(
     ):
         for answer in (
             call(client, "inspect", photo, "tiles", 0.5),
-            call(client, "enroll", "stolen", photo if isinstance(photo, list) else [photo], 1, "auto"),
+            call(client, "enroll", "stolen", photo if isinstance(photo, list) else [photo], 1, "auto", ""),
             call(client, "remove", photo),
         ):
             assert "score" not in str(answer)

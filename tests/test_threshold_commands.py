@@ -68,7 +68,7 @@ def test_thresholds_as_commands(device: Device, good: list[Path], tmp_path: Path
     )
     device("enroll", *both, "--mode", "replace", "--min_area", "40")
     assert "fewer than 40 pixels" in device("threshold", "--product", "tiles")
-    assert "min_area=4)" in device("enroll", *both, "--mode", "add", "--min_area", "4", status=2)
+    assert "min_area=4" in device("enroll", *both, "--mode", "add", "--min_area", "4", status=2)
     device("products", "--remove", "tiles")
     assert "the model's threshold" in device("enroll", *both, "--false_alarm_rate", "null")
 

@@ -55,6 +55,7 @@ def check(
     if not found and not problems:
         msg = f"All {len(named)} photos in {photos} are enrolled already. Check on good photos that were taken later."
         raise ValueError(msg)
+    found = _judged(found)
     alarms = {name: each for name, each in found.items() if each.label}
     say(f"{product}: {threshold_of(inferencer.manifest, bank)}.")
     if found:
@@ -111,6 +112,14 @@ def _inspected(
             if results is not None:
                 results.add(name, found[name], found[name].picture(pixels))
     return found, problems
+
+
+def _judged(found: dict[str, Prediction]) -> dict[str, Prediction]:
+    """What was judged; says what was not."""
+    moved = [name for name, each in found.items() if each.moved]
+    if moved:
+        say(f"{len(moved)} photos were not judged, since their content has moved: {', '.join(moved)}.")
+    return {name: each for name, each in found.items() if not each.moved}
 
 
 def _tell(alarms: dict[str, Prediction]) -> None:

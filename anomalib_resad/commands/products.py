@@ -17,6 +17,9 @@ from anomalib_resad.deploy.products import Rate
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.rotations import Rotations
 
+POSITION = "Photos whose content has moved are told, not judged."
+NO_POSITION = "Where things lie differs between the photos, or too few are there: moved content is not told."
+
 
 def enroll(
     bundle: Path,
@@ -30,6 +33,7 @@ def enroll(
     bit_depth: BitDepth = "auto",
     false_alarm_rate: Rate = "auto",
     min_area: int | None = None,
+    region: str | None = None,
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -52,15 +56,17 @@ def enroll(
             bundles of 0.1.0, which know no scatter of scores, null.
         min_area: Fewest pixels of a region that is found, of the photo; smaller ones are left out. Change it later with
             `resad threshold`.
+        region: What counts in the photos, if not all of them: a mask file (white counts), or the corners of a polygon
+            in pixels of the photos, "x,y x,y x,y"; none for all. It stays when the product is replaced.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area)
-    if mode == "add" and chosen != (None, None, None, "auto", "auto", None):
+    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area, region)
+    if mode == "add" and chosen != (None, None, None, "auto", "auto", None, None):
         msg = (
             f"--mode add keeps the product's settings (given: threshold={threshold}, "
             f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}, "
-            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}). Leave them out, or use --mode replace with "
-            "all photos."
+            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}, region={region}). Leave them out, or use "
+            "--mode replace with all photos."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
@@ -68,14 +74,17 @@ def enroll(
             bank = inferencer.add(product, photos)
         else:
             replaces = mode == "replace"
-            bank = inferencer.enroll(
-                product, photos, threshold, max_patches, replaces, rotations, bit_depth, false_alarm_rate, min_area
-            )
+            settings = (threshold, max_patches, replaces, rotations, bit_depth, false_alarm_rate, min_area, region)
+            bank = inferencer.enroll(product, photos, *settings)
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
     say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
     say(f"{product}: {threshold_of(inferencer.manifest, bank)}.")
+    if bank.region is not None:
+        share = bank.region.mean()
+        checked = inferencer.has_position(product)
+        say(f"{product}: {share:.0%} of each photo counts. {POSITION if checked else NO_POSITION}")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:

@@ -45,6 +45,7 @@ from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.turns import Turns
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.photos import Photo, PhotoError
+from anomalib_resad.enrollment.region import polygon
 from anomalib_resad.enrollment.rotations import ORIENTATIONS
 from anomalib_resad.version import __version__
 
@@ -129,7 +130,7 @@ class Api:
         rate = None if options.false_alarm_rate == "none" else options.false_alarm_rate
         with self.turns.turn(), _files(photos) as files:
             given = (options.threshold, None, options.replace, turned, options.bit_depth, rate, options.min_area)
-            bank = self.inferencer.enroll(name, files, *given)
+            bank = self.inferencer.enroll(name, files, *given, polygon(options.region))
         return self._about(bank)
 
     def add(self, name: str, sent: Photos) -> dict[str, Any]:
@@ -176,12 +177,11 @@ class Api:
         except PhotoError as error:
             return {"photo": sent.name, "error": public(self.inferencer, error)}
         self.metrics.count(name, found)
-        label = None if found.label is None else ("anomalous" if found.label else "good")
         result: dict[str, Any] = {
             "photo": sent.name,
             "score": found.score,
             "raw_score": found.raw_score,
-            "label": label,
+            "label": found.status,
         }
         result |= found.where()
         return result if picture == "none" else result | {"map": self._map(found, pixels, picture)}
@@ -214,6 +214,7 @@ class Api:
             "own_threshold": bank.threshold is not None,
             "false_alarm_rate": bank.false_alarm_rate,
             "min_area": bank.min_area,
+            "region": None if bank.region is None else round(float(bank.region.mean()), 6),
         }
 
     def _threshold(self, bank: Bank) -> float | None:

@@ -17,7 +17,9 @@ from openvino import Node, Output
 from openvino import opset13 as op
 from openvino.passes import ConstantFolding, Manager
 
+from anomalib_resad.deploy.bake_region import boxed, placed, settled
 from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bank_store import BankStore
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, Manifest, banks_of, read_bundle
 from anomalib_resad.deploy.float32 import save_in_float32
@@ -72,8 +74,8 @@ def bake(
     manifest, files = read_bundle(folder)
     watch = Watch(folder, files[MANIFEST])
     store = BankStore(banks_of(folder, banks), manifest, watch, most_loaded=1)
-    bank, rows = store.load(product)
-    model = _join(files, rows, pixels, color)
+    bank, rows, _ = store.load(product)
+    model = _join(files, manifest, bank, rows, pixels, color)
     _judge(model, manifest, bank)
     _fold(model)
     for path, value in _information(manifest, bank, pixels, color).items():
@@ -81,15 +83,29 @@ def bake(
     return _write(model, Path(output))
 
 
-def _join(files: Mapping[str, bytes], rows: list[np.ndarray], pixels: Pixels, color: Color) -> ov.Model:
+def _join(
+    files: Mapping[str, bytes],
+    manifest: Manifest,
+    bank: Bank,
+    rows: list[np.ndarray],
+    pixels: Pixels,
+    color: Color,
+) -> ov.Model:
     """Photos to raw scores and maps, the two results of the model."""
     core = ov.Core()
     encoder, detector = (
         core.read_model(files[name], files[str(Path(name).with_suffix(".bin"))]) for name in (ENCODER, DETECTOR)
     )
     photos, as_stored = _photos(pixels, color)
+    if bank.region is not None:
+        as_stored = boxed(as_stored, bank.region)
     encoder.input(0).get_node().output(0).replace(as_stored)
     features = [result.input_value(0) for result in encoder.get_results()]
+    if bank.region is not None:
+        features = [
+            settled(values, known[0], cells_of(bank, level))
+            for values, known, level in zip(features, rows, manifest.levels, strict=True)
+        ]
     values = [*features, *(op.constant(each).output(0) for each in rows)]
     for parameter, value in zip(detector.get_parameters(), values, strict=True):
         parameter.output(0).replace(value)
@@ -128,6 +144,8 @@ def _judge(model: ov.Model, manifest: Manifest, bank: Bank) -> None:
         _normalized(result.input_value(0), scale)
         for result, scale in zip(model.get_results(), (score_scale, map_scale), strict=True)
     )
+    if bank.region is not None:
+        anomaly_map = placed(anomaly_map.output(0), bank.region)
     results = {
         "pred_score": score,
         "pred_label": _above(score, manifest.label_above),

@@ -19,6 +19,8 @@ from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.thresholds import is_threshold
 
 FORMAT = "resad-bank-2"
+FORMAT_OF_REGION = "resad-bank-3"  # of a bank that has a region, so that versions that know none refuse it
+REGION = "region"  # its array
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which some are needed for the name of a temporary file
@@ -39,7 +41,8 @@ class Bank:
         encoder (str): What made the features (:attr:`Manifest.encoder`).
         references (tuple[Reference, ...]): The photos, ordered by content.
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
-            references one after the other, each with those of its rotated copies.
+            references one after the other, each with those of its rotated copies; and of a product that has one,
+            ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level that are searched; banks of 0.1.0 hold no others then.
         rotations (int): Orientations of each photo; 1 for photos as they are.
@@ -65,6 +68,11 @@ class Bank:
     leave_one_out: tuple[float, ...] | None = None
     min_area: int = 0
     map_offset: float | None = None
+
+    @property
+    def region(self) -> np.ndarray | None:
+        """The mask of what counts in the product's photos, uint8; ``None`` where all counts."""
+        return self.arrays.get(REGION)
 
     @property
     def size(self) -> int:
@@ -129,7 +137,7 @@ class Bank:
         added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
         added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
         return added | {
-            "format": FORMAT,
+            "format": FORMAT if self.region is None else FORMAT_OF_REGION,
             "product": self.product,
             "encoder": self.encoder,
             "references": json.dumps([[each.name, each.sha256] for each in self.references]),

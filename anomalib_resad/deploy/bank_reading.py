@@ -10,13 +10,14 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, FORMAT, Bank, BankError, checksum_of
-from anomalib_resad.deploy.bank_rows import is_whole
+from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_REGION, REGION, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import check_bit_depth
 from anomalib_resad.enrollment.photos import Reference
+from anomalib_resad.enrollment.region import LONGEST
 from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
 from anomalib_resad.enrollment.thresholds import is_threshold
 
@@ -45,9 +46,10 @@ def _read(path: Path) -> Bank:
     metadata = header.get("__metadata__", {})
     metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
     checksum = metadata.pop("checksum", None)
-    if metadata.get("format") != FORMAT:
+    expected = FORMAT_OF_REGION if REGION in arrays else FORMAT
+    if metadata.get("format") != expected:
         msg = (
-            f"{path} is no bank of this version ({metadata.get('format')} instead of {FORMAT}). "
+            f"{path} is no bank of this version ({metadata.get('format')} instead of {expected}). "
             "Enroll the product again from its good photos."
         )
         raise BankError(msg)
@@ -90,6 +92,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         check_rotations(bank.rotations)
         check_bit_depth(bank.bit_depth)
         check_min_area(bank.min_area)
+        _check_region(bank.region)
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error
@@ -100,7 +103,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
     whole = is_whole(bank, manifest)
     for number, level in enumerate(manifest.levels):
         rows = bank.arrays.get(f"rows_{number}")
-        expected = len(bank.references) * kept_rows(level.patches, bank.rotations)
+        expected = len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations)
         expected = expected if whole else min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
             found = None if rows is None else f"{rows.dtype} {rows.shape}"
@@ -114,6 +117,23 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
                 "bundle, and enroll again."
             )
             raise BankError(msg)
+
+
+def _check_region(region: np.ndarray | None) -> None:
+    """Refuse what is no mask.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if region is not None and not (
+        region.dtype == np.uint8
+        and region.ndim == 2
+        and max(region.shape) <= LONGEST
+        and region.any()
+        and region.max() == 1
+    ):
+        msg = f"its region ({region.dtype}, {region.shape}) is no mask of 0 and 1."
+        raise ValueError(msg)
 
 
 def _check_scores(bank: Bank) -> None:

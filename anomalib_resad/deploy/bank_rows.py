@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from anomalib_resad.deploy.bank import Bank
-from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.bundle import Level, Manifest
 from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.coreset import searched, thin_out
 from anomalib_resad.enrollment.photos import Reference
+from anomalib_resad.enrollment.region import cells_inside
 from anomalib_resad.enrollment.rotations import Rows, kept_rows
 
 
@@ -19,9 +20,21 @@ def levels_of(bank: Bank, manifest: Manifest) -> Rows:
     return [bank.arrays[f"rows_{level}"] for level in range(len(manifest.levels))]
 
 
+def cells_of(bank: Bank, level: Level) -> np.ndarray:
+    """Which patches of a photo count, bool, shape ``(height, width)`` of the level."""
+    if bank.region is None:
+        return np.ones((level.height, level.width), dtype=bool)
+    return cells_inside(bank.region, level.height, level.width)
+
+
+def patches_of(bank: Bank, level: Level) -> int:
+    """How many patches of a photo count."""
+    return level.patches if bank.region is None else int(cells_of(bank, level).sum())
+
+
 def is_whole(bank: Bank, manifest: Manifest) -> bool:
     """Whether a bank holds all rows of each photo; those that 0.1.0 thinned out (``max_patches``) do not."""
-    counts = [len(bank.references) * kept_rows(level.patches, bank.rotations) for level in manifest.levels]
+    counts = [len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations) for level in manifest.levels]
     return [len(bank.arrays.get(f"rows_{level}", ())) for level in range(len(counts))] == counts
 
 
@@ -48,6 +61,24 @@ def searched_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int 
     else:
         return rows
     return [level[chosen] for level, chosen in zip(rows, kept * len(rows) if manifest.keyed else kept, strict=True)]
+
+
+def on_grid(bank: Bank, level: Level, own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The rows of a photo as features; those that do not count are like any row of a good photo, without a residual.
+
+    Args:
+        bank (Bank): The bank.
+        level (Level): Shape of the features.
+        own (np.ndarray): Rows of the patches that count, and maybe of rotated copies behind them, shape ``(N, C)``.
+        other (np.ndarray): Row of a good photo, shape ``(C,)``.
+
+    Returns:
+        np.ndarray: Shape ``(1, C, H, W)``.
+    """
+    grid = np.broadcast_to(other, (level.height, level.width, len(other))).copy()
+    cells = cells_of(bank, level)
+    grid[cells] = own[: cells.sum()]
+    return np.ascontiguousarray(grid.transpose(2, 0, 1)[None])
 
 
 def padded(rows: np.ndarray, multiple: int) -> np.ndarray:
@@ -79,14 +110,14 @@ def leave_one_out(
     known = [np.split(level, photos) for level in (rows if most else searched_rows(rows, photos, manifest, None))]
 
     def found(photo: int) -> tuple[float, np.ndarray]:
-        features = [
-            parts[photo][: level.patches].reshape(1, level.height, level.width, -1).transpose(0, 3, 1, 2)
-            for parts, level in zip(own, manifest.levels, strict=True)
-        ]
         others = [np.concatenate([*parts[:photo], *parts[photo + 1 :]]) for parts in known]
         if most:
             others = searched_rows(others, photos - 1, manifest, most)
         rest = [padded(level, manifest.row_multiple) for level in others]
-        return detect([*map(np.ascontiguousarray, features), *rest])
+        features = [
+            on_grid(bank, level, parts[photo], others_of[0])
+            for level, parts, others_of in zip(manifest.levels, own, rest, strict=True)
+        ]
+        return detect([*features, *rest])
 
     return own_scores(map(found, range(photos if photos > 1 else 0)))

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -15,11 +16,26 @@ from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, produ
 from anomalib_resad.deploy.bank_reading import check_bank, read_bank
 from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.position import Position, position_of
 from anomalib_resad.deploy.watch import Watch, stamp
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.files import PART, remove_stale
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
+
+
+class Loaded(NamedTuple):
+    """What an inspection needs of a product.
+
+    Attributes:
+        bank (Bank): Its bank.
+        rows (list[np.ndarray]): The rows of the bank as the detector takes them.
+        position (Position | None): How its photos lie in its region, if it has one.
+    """
+
+    bank: Bank
+    rows: list[np.ndarray]
+    position: Position | None
 
 
 class BankStore:
@@ -37,7 +53,7 @@ class BankStore:
         self.manifest = manifest
         self.watch = watch
         self.most_loaded = most_loaded
-        self._loaded: OrderedDict[str, tuple[tuple[int, ...], Bank, list[np.ndarray]]] = OrderedDict()
+        self._loaded: OrderedDict[str, tuple[tuple[int, ...], Loaded]] = OrderedDict()
         self._lock = threading.RLock()
         if not is_count(most_loaded):
             msg = f"most_loaded={most_loaded!r} must be a whole number of at least 1: one bank has to be in memory."
@@ -48,8 +64,8 @@ class BankStore:
         """Names of the enrolled products, sorted."""
         return sorted(path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"[!.]*{SUFFIX}"))
 
-    def load(self, name: str) -> tuple[Bank, list[np.ndarray]]:
-        """A bank, and its rows as the detector takes them.
+    def load(self, name: str) -> Loaded:
+        """A bank, and what is computed from it once.
 
         Raises:
             ValueError: If the product is not enrolled.
@@ -71,11 +87,11 @@ class BankStore:
                 if is_whole(bank, self.manifest):
                     rows = searched_rows(rows, len(bank.references), self.manifest, bank.max_patches)
                 rows = [padded(level, self.manifest.row_multiple) for level in rows]
-                self._loaded[name] = (stat, bank, rows)
+                self._loaded[name] = (stat, Loaded(bank, rows, position_of(bank, self.manifest)))
                 while len(self._loaded) > self.most_loaded:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(name)
-            return self._loaded[name][1:]
+            return self._loaded[name][1]
 
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:

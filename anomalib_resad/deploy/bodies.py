@@ -63,6 +63,10 @@ class EnrollOptions(Options):
         "model's threshold.",
     )
     min_area: int | None = Field(None, description="Fewest pixels of a region; by default as before, or 0.")
+    region: str | None = Field(
+        None,
+        description="What counts: corners of a polygon in pixels, x,y x,y x,y; none for all; else as before.",
+    )
     replace: bool = Field(False, description="Replace the product if it is there.")
 
 

@@ -8,12 +8,16 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank_rows import cells_of
+from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, BundleError
+from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.products import Products
 from anomalib_resad.enrollment.image_size import Size
-from anomalib_resad.enrollment.photos import Photo, read_like
+from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
 from anomalib_resad.enrollment.references import size_of
+from anomalib_resad.enrollment.region import cut_out
 from anomalib_resad.enrollment.thresholds import normalize
 
 
@@ -54,20 +58,32 @@ class ResADInferencer(Products):
 
     def inspect(self, photo: Photo, product: str) -> tuple[Prediction, np.ndarray]:
         """What :meth:`predict` finds, and the pixels that it was found in, uint8, shape ``(H, W, 3)``."""
-        bank, rows = self._store.load(product)
-        pixels = read_like(photo, bank.bit_depth)
-        return self._judge([(self.encode(pixels[None]), size_of(photo))], bank, rows)[0], pixels
+        known = self._store.load(product)
+        pixels = read_like(photo, known.bank.bit_depth)
+        return self._judge([self._seen(photo, pixels, known.bank)], known)[0], pixels
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
-        bank, rows = self._store.load(product)
-        encoded = [(self.encode(read_like(photo, bank.bit_depth)[None]), size_of(photo)) for photo in photos]
-        return self._judge(encoded, bank, rows) if encoded else []
+        known = self._store.load(product)
+        encoded = [self._seen(photo, read_like(photo, known.bank.bit_depth), known.bank) for photo in photos]
+        return self._judge(encoded, known) if encoded else []
 
-    def _judge(
-        self, encoded: Sequence[tuple[list[np.ndarray], Size]], bank: Bank, rows: list[np.ndarray]
-    ) -> list[Prediction]:
+    def _seen(self, photo: Photo, pixels: np.ndarray, bank: Bank) -> tuple[list[np.ndarray], Size]:
+        """Features of what counts in a photo, and its size."""
+        try:
+            box = pixels if bank.region is None else cut_out(pixels, bank.region)
+        except PhotoError as error:
+            msg = f"{name_of(photo)}: {error}"
+            raise PhotoError(msg) from error
+        return self.encode(box[None]), size_of(photo)
+
+    def _judge(self, encoded: Sequence[tuple[list[np.ndarray], Size]], known: Loaded) -> list[Prediction]:
+        bank, rows, position = known
         features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
+        moved = [position is not None and position.has_moved(each) for each in features[-1]]
+        if bank.region is not None:
+            for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
+                values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
         score_scale, map_scale = scales_of(self.manifest, bank)
         above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
@@ -78,11 +94,14 @@ class ResADInferencer(Products):
         return [
             Prediction(
                 float(score),
-                None if above is None else bool(score > above),
-                anomaly_map,
+                None if above is None or has_moved else bool(score > above),
+                anomaly_map if bank.region is None else placed(anomaly_map, bank.region),
                 float(raw),
                 size,
                 bank.min_area,
+                has_moved,
             )
-            for score, anomaly_map, raw, (_, size) in zip(normalized, normalized_maps, scores, encoded, strict=True)
+            for score, anomaly_map, raw, (_, size), has_moved in zip(
+                normalized, normalized_maps, scores, encoded, moved, strict=True
+            )
         ]

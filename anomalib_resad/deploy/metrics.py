@@ -27,6 +27,7 @@ class Metrics:
         )
         self.queue = Gauge("resad_queue", "Requests that wait for the model, or use it", registry=self.registry)
         self.alarms = Counter("resad_alarms", "Photos that were found anomalous", ["product"], registry=self.registry)
+        self.moved = Counter("resad_moved", "Photos whose content has moved", ["product"], registry=self.registry)
         self.scores = Summary(
             "resad_score", "Scores of photos, 0 to 1; sum by count is the mean", ["product"], registry=self.registry
         )
@@ -36,6 +37,9 @@ class Metrics:
 
     def count(self, product: str, found: Prediction) -> None:
         """Count a photo that was inspected."""
+        if found.moved:
+            self.moved.labels(product).inc()
+            return
         self.scores.labels(product).observe(found.score)
         if found.label:
             self.alarms.labels(product).inc()

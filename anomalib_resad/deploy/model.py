@@ -14,6 +14,7 @@ from anomalib_resad.deploy.bank_store import BankStore
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
 from anomalib_resad.deploy.runtime import Runtime
 from anomalib_resad.deploy.watch import Watch
+from anomalib_resad.enrollment.region import cells_inside, filled
 from anomalib_resad.enrollment.rotations import Rows
 
 
@@ -52,9 +53,13 @@ class Model:
         """Names of the enrolled products, sorted."""
         return self._store.products
 
-    def _encode_rows(self, pixels: np.ndarray) -> Rows:
-        features = self.encode(pixels[None])
-        return [np.ascontiguousarray(level[0].transpose(1, 2, 0).reshape(-1, level.shape[1])) for level in features]
+    def _encode_rows(self, pixels: np.ndarray, region: np.ndarray | None) -> Rows:
+        """Rows of the patches that count, of a photo, or of the box of a region and of its rotated copies."""
+        features = self.encode((pixels if region is None else filled(pixels, region))[None])
+        rows = [level[0].transpose(1, 2, 0) for level in features]  # (H_l, W_l, C_l)
+        if region is None:
+            return [np.ascontiguousarray(level.reshape(-1, level.shape[2])) for level in rows]
+        return [level[cells_inside(region, *level.shape[:2])] for level in rows]
 
     def bank(self, name: str) -> Bank:
         """The bank of a product.
@@ -63,7 +68,7 @@ class Model:
             ValueError: If it is not enrolled.
             BankError: If its file cannot be used.
         """
-        return self._store.load(name)[0]
+        return self._store.load(name).bank
 
     def searched(self, name: str) -> Rows:
         """The rows of a product that a search looks through, per level ``(N, C_l)``, as the detector takes them.
@@ -72,7 +77,16 @@ class Model:
             ValueError: If it is not enrolled.
             BankError: If its file cannot be used.
         """
-        return self._store.load(name)[1]
+        return self._store.load(name).rows
+
+    def has_position(self, name: str) -> bool:
+        """Whether photos of a product with a region are told whose content has moved.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name).position is not None
 
     def fingerprint(self, name: str) -> str:
         """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""

@@ -19,11 +19,13 @@ from anomalib_resad.deploy.pictures import shrunk
 from anomalib_resad.deploy.prediction import Prediction, scales_of, threshold_of
 from anomalib_resad.deploy.uploads import Uploads
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.region import polygon
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.enrollment.thresholds import denormalize
 
 EMPTY = "Drop a photo, choose what it shows, and press **Inspect**."
 CHANGED = "This product has changed since. Press **Inspect** again."
+MOVED = "what counts of the photo has moved, or shows something else. It is not judged."
 REFUSED = "**Refused.**"
 PLACES = 5  # regions that are told in words
 LONGEST_SHOWN = 1600  # pixels of a side of the picture on the page
@@ -40,6 +42,7 @@ class Inspection:
         photo (str): The file that was inspected.
         picture (str): The file of the map over it.
         places (str): The regions that were found, in words.
+        moved (bool): Whether what counts has moved.
     """
 
     product: str
@@ -48,6 +51,7 @@ class Inspection:
     photo: str
     picture: str
     places: str = ""
+    moved: bool = False
 
 
 def _places(found: Prediction) -> str:
@@ -63,7 +67,8 @@ def _places(found: Prediction) -> str:
 
 def _state(bank: Bank) -> tuple[Any, ...]:
     """Tells whether a product is still the one that a score was computed with: its photos, and its scale."""
-    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold, bank.min_area
+    region = None if bank.region is None else bank.region.tobytes()
+    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold, bank.min_area, region
 
 
 def _chosen(product: str | None) -> str:
@@ -118,6 +123,7 @@ class Page:
         files: Sequence[str] | None,
         rotations: Rotations | None = None,
         bit_depth: BitDepth = "auto",
+        region: str | None = None,
     ) -> tuple[Any, ...]:
         """Enroll a product, or add photos to it, in as many orientations, and of the depth, as those that are there."""
         name = str(name or "").strip()
@@ -133,7 +139,9 @@ class Page:
             if known:
                 bank = self.inferencer.add(name, list(files))
             else:
-                bank = self.inferencer.enroll(name, list(files), rotations=rotations, bit_depth=bit_depth)
+                bank = self.inferencer.enroll(
+                    name, list(files), rotations=rotations, bit_depth=bit_depth, region=polygon(region)
+                )
         self.uploads.forget(files)
         done = f"**{name}** has {len(bank.references)} photos now." if known else f"**{name}** is enrolled."
         if bank.rotations > 1:
@@ -165,7 +173,7 @@ class Page:
             picture = self.uploads.keep(found.picture(shrunk(pixels, LONGEST_SHOWN), stretch))
         if last is not None:
             self.uploads.forget([last.picture, last.photo if last.photo != photo else None])
-        now = Inspection(product, _state(bank), found.score, photo, picture, _places(found))
+        now = Inspection(product, _state(bank), found.score, photo, picture, _places(found), found.moved)
         return picture, now, self.verdict(now, product, threshold)
 
     def verdict(self, last: Inspection | None, product: str | None, threshold: float) -> str:
@@ -177,6 +185,8 @@ class Page:
                 return CHANGED
         except ValueError:
             return CHANGED
+        if last.moved:
+            return f"## moved\n{product}: {MOVED}"
         word = "anomalous" if last.score > threshold else "good"
         return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}{last.places}"
 

@@ -26,10 +26,13 @@ class Prediction:
     Attributes:
         score (float): 0 to 1, 0.5 at the threshold.
         label (bool | None): Whether it is anomalous; ``None`` where no threshold is known.
-        map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input.
+        map (np.ndarray): Anomaly of each pixel, float32, 0 to 1, shape ``(H, W)`` of the model's input. Of a product
+            with a region of interest it is larger, and 0 outside of it.
         raw_score (float): The score before normalization, which thresholds of products refer to.
         photo_size (tuple[int, int] | None): Height and width of the photo in pixels; ``None`` for those of the map.
         min_area (int): Fewest pixels of a region, of the photo; the product's.
+        moved (bool): Whether the region of interest shows something else than in the good photos, or in another place.
+            Then there is no label.
     """
 
     score: float
@@ -38,6 +41,14 @@ class Prediction:
     raw_score: float
     photo_size: tuple[int, int] | None = None
     min_area: int = 0
+    moved: bool = False
+
+    @property
+    def status(self) -> str | None:
+        """``"good"``, ``"anomalous"`` or ``"moved"``; ``None`` where no threshold is known."""
+        if self.moved:
+            return "moved"
+        return None if self.label is None else ("anomalous" if self.label else "good")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -51,7 +62,7 @@ class Prediction:
 
     @cached_property
     def regions(self) -> tuple[Region, ...] | None:
-        """Where the map lies above its threshold, the highest peak first; ``None`` where no threshold is known.
+        """Where the map lies above its threshold, the highest peak first; ``None`` where there is no label.
 
         For other limits see :func:`~anomalib_resad.deploy.regions.find_regions`.
         """

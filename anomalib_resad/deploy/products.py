@@ -5,12 +5,13 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import Bank, BankError, bank_file, product_name
+from anomalib_resad.deploy.bank import REGION, Bank, BankError, bank_file, product_name
 from anomalib_resad.deploy.bank_rows import leave_one_out, rows_of_photos
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.regions import check_min_area
@@ -18,7 +19,8 @@ from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
-from anomalib_resad.enrollment.references import read_references
+from anomalib_resad.enrollment.references import References, read_references, size_of
+from anomalib_resad.enrollment.region import RegionSource, check_fits, cut_out, read_region
 from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ class Products(Model):
         bit_depth: BitDepth = "auto",
         false_alarm_rate: Rate = "auto",
         min_area: int | None = None,
+        region: RegionSource = None,
     ) -> Bank:
         """Learn a product from good photos.
 
@@ -68,10 +71,14 @@ class Products(Model):
                 scatter of scores.
             min_area (int | None): Fewest pixels of a region that is found, of the photo, kept with the product;
                 ``None`` for what the product had that is replaced, of a new one 0.
+            region (RegionSource): What counts in the photos, as of
+                :func:`~anomalib_resad.enrollment.region.read_region`, kept with the product; ``"none"`` for all of
+                them, ``None`` for what the product had that is replaced, of a new one all.
 
         Raises:
-            ValueError: If the product exists, its name is no file name, or a number is impossible.
+            ValueError: If the product exists, its name is no file name, or a number or the region is impossible.
             PhotoError: If a photo cannot be used; nothing was written then.
+            BankError: If the product was given another region meanwhile.
         """
         name = product_name(name)
         self._check_new(name, replace_existing)
@@ -86,17 +93,30 @@ class Products(Model):
         check_bit_depth(bit_depth)
         check_min_area(min_area or 0)
         rotations = self.manifest.rotations if rotations is None else rotations
-        features, orientations, depth = self._features_of(photos, rotations, bit_depth)
-        if not features:
+        listed, read = _read(photos, bit_depth)
+        if not read:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        bank = self._bank_of(name, features, orientations, depth, max_patches)
+        kept = self._kept_region(name) if region is None else None
+        given = None if isinstance(region, str) and region == "none" else region
+        mask = kept if given is None else read_region(given, [size_of(each) for each in listed])
+        features, orientations = self._features_of(read, rotations, mask)
+        bank = self._bank_of(name, features, orientations, read.bit_depth, max_patches, mask)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
             before = self._earlier(name)
-            kept = 0 if before is None else before.min_area
+            if region is None and before is not None:
+                _check_same(name, before.region, mask)
+            least = 0 if before is None else before.min_area
             judged = self._judged(bank, before, threshold, false_alarm_rate)
-            return self._store.write(judged.with_min_area(kept if min_area is None else min_area))
+            return self._store.write(judged.with_min_area(least if min_area is None else min_area))
+
+    def _kept_region(self, name: str) -> np.ndarray | None:
+        """The region of a product that is replaced, if its bank can be read."""
+        try:
+            return self.bank(name).region if bank_file(self.banks, name).exists() else None
+        except BankError:  # which is told later
+            return None
 
     def _judged(self, bank: Bank, before: Bank | None, threshold: float | None, rate: Rate) -> Bank:
         """A new bank with the threshold that was asked for, else that of the bank that it replaces, else the usual."""
@@ -115,7 +135,8 @@ class Products(Model):
             return self.bank(name) if bank_file(self.banks, name).exists() else None
         except BankError as error:
             logger.warning(
-                "If %r had a threshold of its own, set it again, and so a minimum area: its bank was unusable. %s",
+                "If %r had a threshold of its own, set it again, and so its region and its minimum area: its bank was "
+                "unusable. %s",
                 name,
                 error,
             )
@@ -139,7 +160,8 @@ class Products(Model):
         """
         before = self._whole_bank(name)
         name = before.product
-        added, *_ = self._features_of(photos, before.rotations, before.bit_depth)
+        _, read = _read(photos, before.bit_depth)
+        added, _ = self._features_of(read, before.rotations, before.region)
         with self._store.changing(name):
             bank = self._whole_bank(name)
             if (bank.rotations, bank.bit_depth) != (before.rotations, before.bit_depth):
@@ -148,6 +170,7 @@ class Products(Model):
                     "a channel. Add the photos again."
                 )
                 raise BankError(msg)
+            _check_same(name, bank.region, before.region)
             return self._store.write(self._changed(bank, rows_of_photos(bank, self.manifest) | added))
 
     def remove(self, name: str, photo: str | None = None) -> None:
@@ -213,26 +236,41 @@ class Products(Model):
             return self._store.write(bank.with_rate(rate, self.manifest.scatter))
 
     def _features_of(
-        self, photos: Photos, rotations: Rotations, bit_depth: BitDepth
-    ) -> tuple[dict[Reference, Rows], int, int]:
-        """What a bank keeps of each photo, ``(N_l, C_l)`` per level; in how many orientations; and their bit depth."""
-        listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
-        read = read_references(listed, bit_depth)
-        rows, orientations = enrolled_rows(read.values(), self._encode_rows, self.manifest.keyed, rotations)
-        return dict(zip(read, rows, strict=True)), orientations, read.bit_depth
+        self, read: References, rotations: Rotations, region: np.ndarray | None
+    ) -> tuple[dict[Reference, Rows], int]:
+        """What a bank keeps of each photo, ``(N_l, C_l)`` per level, and in how many orientations."""
+        if region is not None:
+            for reference, size in zip(read, read.sizes, strict=True):
+                try:
+                    check_fits(region, size)
+                except ValueError as error:  # noqa: PERF203  # it does not know the name
+                    msg = f"{reference.name}: {error}"
+                    raise PhotoError(msg) from error
+            read = read.seen(partial(cut_out, region=region))
+        encode = partial(self._encode_rows, region=region)
+        rows, orientations = enrolled_rows(read.values(), encode, self.manifest.keyed, rotations)
+        return dict(zip(read, rows, strict=True)), orientations
 
     def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
         """The same product of other photos."""
-        changed = self._bank_of(bank.product, features, bank.rotations, bank.bit_depth, bank.max_patches)
+        kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region
+        changed = self._bank_of(bank.product, features, *kept)
         return changed.judged_as(bank, self.manifest.scatter)
 
     def _bank_of(
-        self, name: str, features: dict[Reference, Rows], rotations: int, bit_depth: int, max_patches: int | None
+        self,
+        name: str,
+        features: dict[Reference, Rows],
+        rotations: int,
+        bit_depth: int,
+        max_patches: int | None,
+        region: np.ndarray | None,
     ) -> Bank:
         references = by_content(features)
         levels = range(len(self.manifest.levels))
         most = None if max_patches is None else int(max_patches)  # numbers of numpy's are no JSON
         arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
+        arrays |= {} if region is None else {REGION: region}
         return self._with_scores(
             Bank(name, self.manifest.encoder, references, arrays, None, most, int(rotations), int(bit_depth))
         )
@@ -242,3 +280,21 @@ class Products(Model):
         if own is None:
             return replace(bank, leave_one_out=None, map_offset=None)
         return replace(bank, leave_one_out=own.scores, map_offset=own.map_offset if own.scores else None)
+
+
+def _read(photos: Photos, bit_depth: BitDepth) -> tuple[Sequence[Photo], References]:
+    """Photos as they were given, one by one, and what was read of them."""
+    listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
+    return listed, read_references(listed, bit_depth)
+
+
+def _check_same(name: str, now: np.ndarray | None, region: np.ndarray | None) -> None:
+    """Refuse to write features of another region than the product has by now.
+
+    Raises:
+        BankError: If it has another one.
+    """
+    same = now is region if now is None or region is None else np.array_equal(now, region)
+    if not same:
+        msg = f"{name!r} was given another region meanwhile. Enroll the photos again."
+        raise BankError(msg)

@@ -133,14 +133,13 @@ class Results:
                 raise
             problem = f"its map cannot be written ({error.strerror})"
             self.problems.append(f"{name}: {problem}")
-        label = "" if found.label is None else ("anomalous" if found.label else "good")
         about = {
             "score": round(found.score, 6),
-            "label": label or None,
+            "label": found.status,
             "raw_score": round(found.raw_score, 6),
             **found.where(),
         }
-        self._write([name, f"{found.score:.6f}", label, f"{found.raw_score:.6f}", problem], about)
+        self._write([name, f"{found.score:.6f}", found.status or "", f"{found.raw_score:.6f}", problem], about)
 
     def fail(self, name: str, error: str) -> None:
         """Write the row of a photo that could not be inspected; a map of an earlier run goes."""

@@ -145,6 +145,11 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
             elem_id="rotations",
         )
         bit_depth = gr.Dropdown(DEPTHS, value="auto", label="Bits of a channel, if more than 8", elem_id="bit_depth")
+        region = gr.Textbox(
+            label="What counts, if not the whole photo: corners in its pixels",
+            placeholder="x,y x,y x,y",
+            elem_id="region",
+        )
         enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
         remove = gr.Button("Remove this product", variant="stop")
         message = gr.Markdown(elem_id="message")
@@ -155,7 +160,7 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
         label="Enrolled",
         elem_id="table",
     )
-    return name, files, rotations, bit_depth, enroll, remove, message, table
+    return name, files, rotations, bit_depth, region, enroll, remove, message, table
 
 
 def _move_uploads_alone(block: Block, path: str | Path | None) -> Coroutine[Any, Any, str | None]:

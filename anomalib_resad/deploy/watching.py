@@ -141,13 +141,12 @@ class FolderWatch:
 
 
 def _row(name: str, digest: str, found: Prediction | None = None) -> dict[str, Any]:
-    label = None if found is None or found.label is None else ("anomalous" if found.label else "good")
     return {
         "photo": name,
         "sha256": digest,
         "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         "score": None if found is None else found.score,
-        "label": label,
+        "label": None if found is None else found.status,
         "raw_score": None if found is None else found.raw_score,
         "error": None,
     } | ({} if found is None else found.where())

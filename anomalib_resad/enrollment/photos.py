@@ -205,7 +205,7 @@ def read_like(photo: Photo, bit_depth: int) -> np.ndarray:
     try:
         check_same_depth(depth, bit_depth)
     except PhotoError as error:
-        msg = f"{_name_of(photo)}: {error}."
+        msg = f"{name_of(photo)}: {error}."
         raise PhotoError(msg) from error
     return pixels
 
@@ -229,13 +229,14 @@ def identify(photo: Photo, bit_depth: BitDepth = "auto") -> tuple[Reference, np.
             _checked_array(photo, bit_depth) if isinstance(photo, np.ndarray) else decode_photo(photo, bit_depth)
         )
     except PhotoError as error:
-        msg = f"{_name_of(photo)}: {error}."
+        msg = f"{name_of(photo)}: {error}."
         raise PhotoError(msg) from error
     digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
     return Reference(f"pixels-{digest[:12]}", digest), pixels, depth
 
 
-def _name_of(photo: Photo) -> str:
+def name_of(photo: Photo) -> str:
+    """What to call a photo in a message."""
     return str(photo) if isinstance(photo, str | Path) else "the image"
 
 

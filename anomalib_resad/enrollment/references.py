@@ -29,6 +29,11 @@ class References(Mapping[Reference, np.ndarray]):
         self.bit_depth = bit_depth
         self.sizes = list(sizes)
 
+    def seen(self, look: Callable[[np.ndarray], np.ndarray]) -> "References":
+        """The same photos with other pixels, such as the box of a region."""
+        readers = {each: partial(_seen, reader, look) for each, reader in self._readers.items()}
+        return References(readers, self.bit_depth, self.sizes)
+
     def __getitem__(self, reference: Reference) -> np.ndarray:
         """Pixels of a photo, uint8, shape ``(H, W, 3)``.
 
@@ -52,6 +57,10 @@ def _read_again(photo: Photo, checked: Reference, bit_depth: int) -> np.ndarray:
         msg = f"{checked.name}: changed while it was enrolled. Enroll again."
         raise PhotoError(msg)
     return pixels
+
+
+def _seen(reader: Callable[[], np.ndarray], look: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    return look(reader())
 
 
 def read_references(photos: Iterable[Photo], bit_depth: BitDepth = "auto") -> References:
