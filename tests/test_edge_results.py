@@ -191,6 +191,17 @@ with Results(Path(sys.argv[1])) as results:
     assert (tmp_path / "results.csv").read_bytes().endswith(b'"\n')
 
 
+def test_two_runs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    with Results(tmp_path) as results:
+        results.fail("a.png", "unreadable")
+        with pytest.raises(ValueError, match=r"Another process writes to .*choose another folder"):
+            Results(tmp_path)
+        results.fail("b.png", "unreadable")
+    assert [row["photo"] for row in rows(tmp_path)] == ["a.png", "b.png"]
+    with Results(tmp_path):
+        pass
+
+
 def test_a_table_that_cannot_be_begun_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Results(tmp_path) as results:
         results.fail("a.png", "unreadable")

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from filelock import FileLock, Timeout
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -23,6 +24,7 @@ from anomalib_resad.deploy.prediction import Prediction
 from anomalib_resad.enrollment.files import HEADER, LINES, MAPS, TABLE, remove_stale, write_whole
 
 Row: TypeAlias = tuple[Sequence[str], str]  # of one photo: in the table, and as JSON
+LOCK = ".resad-predict.lock"
 MARK = "resad"  # the entry of a map that holds its mark
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would take a text for
 # Of files whose names cannot be written; others than these end a run: a full disk, a folder that is read only.
@@ -84,14 +86,20 @@ class Results:
         if lines.exists() and not path.exists():
             msg = f"{lines} is of `resad watch`, since there is no {TABLE}. Choose another folder for the results."
             raise ValueError(msg)
+        self._lock = FileLock(folder / LOCK)  # the system frees it when the process ends, however it does
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
             remove_stale(folder)
             begin = f"{HEADER}\n".encode("utf-8-sig")  # the mark tells spreadsheets that it is UTF-8
             write_whole(path, begin + b"".join(_line(row) for row, _ in self.kept.values()))
             write_whole(lines, "".join(f"{line}\n" for _, line in self.kept.values()).encode())
             self._file, self._lines = path.open("ab", buffering=0), lines.open("ab", buffering=0)
+        except Timeout as error:
+            msg = f"Another process writes to {path}. Wait for its end, or choose another folder for the results."
+            raise ValueError(msg) from error
         except OSError as error:
+            self._lock.release()
             msg = f"{path} cannot be written ({error}). Choose another folder for the results."
             raise ValueError(msg) from error
 
@@ -105,6 +113,7 @@ class Results:
         """Close the table; its rows are there already."""
         self._file.close()
         self._lines.close()
+        self._lock.release()
 
     def add(self, name: str, found: Prediction, picture: Image.Image, mark: str = "") -> None:
         """Write the map of a photo, then its row; if only its name keeps the map from being written, the row says so.
