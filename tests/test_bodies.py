@@ -5,7 +5,9 @@
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +194,46 @@ def test_bodies_have_a_limit(client: Any, inferencer: ResADInferencer, good: lis
     assert client.put("/v1/products/tiles/threshold", content=large[:1_000_001], headers=AS_JSON).status_code == 413
 
 
+def test_bodies_have_a_limit_together(
+    client: Any, inferencer: ResADInferencer, good: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in memory while their requests wait for the model; what needs no body is answered meanwhile."""
+    inferencer.enroll("tiles", good[:1], rotations=1)
+    entered, leave, inspect = threading.Semaphore(0), threading.Event(), inferencer.inspect
+
+    def slow(*given: Any) -> Any:
+        entered.release()
+        assert leave.wait(60)
+        return inspect(*given)
+
+    monkeypatch.setattr(inferencer, "inspect", slow)
+    files = [("photos", ("a.png", good[0].read_bytes().ljust(900_000)))] * 2  # 1.8 MB, of 2 times 2 MB
+
+    def ask(**body: Any) -> Any:
+        return client.post(INSPECT, **body)
+
+    with ThreadPoolExecutor() as threads:
+        asked = [threads.submit(ask, files=files) for _ in range(2)]
+        try:
+            assert all(entered.acquire(timeout=60) for _ in asked)
+            for body in ({"files": files}, {"content": iter([b"0"]), "headers": RAW}):
+                refused = ask(**body)
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+                assert "have 4 MB together" in refused.text
+            assert client.get("/v1/products/tiles").status_code == 200
+        finally:
+            leave.set()
+        assert [each.result().status_code for each in asked] == [200, 200]
+    assert ask(files=files).status_code == 200
+
+
 def test_openapi_tells_bodies_and_options(client: Any) -> None:
     paths = client.get("/v1/openapi.json").json()["paths"]
     for address, options in (
-        ("/v1/products/{name}", {"rotations", "bit_depth", "threshold", "false_alarm_rate", "min_area", "replace"}),
+        (
+            "/v1/products/{name}",
+            {"rotations", "bit_depth", "threshold", "false_alarm_rate", "min_area", "region", "replace"},
+        ),
         ("/v1/products/{name}/photos", set()),
         ("/v1/products/{name}/inspect", {"map"}),
     ):

@@ -27,6 +27,7 @@ EVERYWHERE = ("0.0.0.0", "::", "[::]")  # noqa: S104  # no names under which a p
 MOST_FILES = 20  # of one request; 2 to 8 are usual
 LONGEST_BOUNDARY = 70  # bytes, of RFC 2046; what parses forms fails on much longer ones
 MOST_JSON = 1_000_000  # bytes of a request without files
+LARGEST_AT_ONCE = 2  # of the largest requests; those that wait for the model hold their photos in memory
 PRODUCTS = "/v1/products/"  # photos come to these addresses in bodies of any type
 SHORTEST_TOKEN = 16
 # What Gradio serves beside the page: video through ffmpeg, and files of other servers.
@@ -80,7 +81,7 @@ def guards(
 
 
 class Guard:
-    """Refuse foreign origins, clients without the token, and requests that are too large.
+    """Refuse foreign origins, clients without the token, and requests that are too large, alone or together.
 
     Args:
         app (ASGIApp): The application.
@@ -98,6 +99,7 @@ class Guard:
         self.token = token
         self.most_bytes = most_bytes
         self.tidy = tidy
+        self._held = 0  # bytes of the requests that are being served; one event loop counts them
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it; there are no websockets."""
@@ -107,13 +109,18 @@ class Guard:
             headers = Headers(scope=scope)
             with_photos = _is_form(headers) or (scope["method"] == "POST" and scope["path"].startswith(PRODUCTS))
             most = self.most_bytes if with_photos else MOST_JSON
-            refused = self._refusal(scope["path"], headers, most)
+            length = _length(headers, most)
+            refused = self._refusal(scope["path"], headers, most) or self._too_much(length)
             if refused is not None:
                 await refused(scope, receive, send)
                 return
-            if scope["method"] == "POST":
-                await run_in_threadpool(self.tidy)
-            await self.app(scope, _limited(headers, receive, most), _with_headers(send))
+            self._held += length
+            try:
+                if scope["method"] == "POST":
+                    await run_in_threadpool(self.tidy)
+                await self.app(scope, _limited(headers, receive, most), _with_headers(send))
+            finally:
+                self._held -= length
 
     def _refusal(self, path: str, headers: Headers, most: int) -> Response | None:
         origin = headers.get("origin")
@@ -124,11 +131,18 @@ class Guard:
             return PlainTextResponse("The token is needed, as password or bearer token.", 401, ask)
         if path.lower().startswith(CLOSED):
             return PlainTextResponse("Not served here.", 404)
-        if int(headers.get("content-length", "0")) > most:
+        if _length(headers, most) > most:
             return PlainTextResponse(_too_large(most), 413)
         if _is_form(headers) and len(_boundary(headers)) > LONGEST_BOUNDARY:
             return PlainTextResponse(f"The boundary of the form is longer than {LONGEST_BOUNDARY} bytes.", 400)
         return None
+
+    def _too_much(self, length: int) -> Response | None:
+        most = LARGEST_AT_ONCE * self.most_bytes
+        if not length or self._held + length <= most:
+            return None
+        text = f"The requests that are being served have {most / 1e6:.0f} MB together. Try again."
+        return PlainTextResponse(text, 429, {"retry-after": "1"})
 
     def _is_own(self, origin: str, host: str) -> bool:
         try:
@@ -136,6 +150,11 @@ class Guard:
             return url.netloc == host.lower() or url.hostname in self.origins
         except ValueError:
             return False
+
+
+def _length(headers: Headers, most: int) -> int:
+    """Bytes of a body as they are stated; one that comes in pieces of unknown number counts as the largest."""
+    return most if "transfer-encoding" in headers else int(headers.get("content-length", "0"))
 
 
 def _too_large(most: int) -> str:
