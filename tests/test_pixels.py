@@ -55,16 +55,20 @@ def test_deep_pixels_are_read_at_the_depth_that_is_stated_or_given(tmp_path: Pat
 
 @pytest.mark.parametrize("white", [100, 255, 300, 1000, 40_000])
 @pytest.mark.parametrize("kind", ["P2", "P3", "P5", "P6"])
-def test_white_is_the_largest_value_that_a_ppm_states(tmp_path: Path, kind: str, white: int) -> None:
-    """Also one that is not that of all its bits, and behind a long comment."""
+def test_white_is_the_largest_value_that_a_ppm_states(
+    tmp_path: Path, kind: str, white: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that is not that of all its bits, behind a long comment, or in a file that ends with its last number."""
     values = np.linspace(0, white, 24 * 32).round().astype(">u2" if white > 255 else np.uint8).reshape(24, 32)
     values = np.repeat(values[..., None], 3, axis=2) if kind in ("P3", "P6") else values
-    content = values.tobytes() if kind in ("P5", "P6") else "\n".join([*map(str, values.ravel()), ""]).encode()
+    content = values.tobytes() if kind in ("P5", "P6") else "\n".join(map(str, values.ravel())).encode()
     path = tmp_path / "a.ppm"
-    for comment in (b"", b"# nine\n", b"#" + b"." * 2000 + b"\n"):
-        path.write_bytes(kind.encode() + b"\n" + comment + f"32 24\n{white}\n".encode() + content)
+    for comment, end in ((b"", b""), (b"# nine\n", b"\n"), (b"#" + b"." * 2000 + b"\n", b" ")):
+        header = kind.encode() + b"\n" + comment + f"32 24\n{white}\n".encode()
+        path.write_bytes(header + content + (end if kind in ("P2", "P3") else b""))
         pixels = read_pixels(path)[..., 0]
         assert np.abs(pixels - values.reshape(24, 32, -1)[..., 0] * (255 / white)).max() < 0.501
+    assert not capfd.readouterr().err, "OpenCV says nothing of its own"
     path.write_bytes(kind.encode() + b"\n#" + b"." * 5000 + f"\n32 24\n{white}\n".encode() + content)
     with pytest.raises(PhotoError, match="does not stand in its first 4096 bytes; remove its comments"):
         read_pixels(path)

@@ -271,6 +271,8 @@ def _deep_values(image: Image.Image, content: bytes) -> np.ndarray:
     except ModuleNotFoundError as error:
         msg = "more than 8 bits a channel in color, which needs OpenCV: pip install opencv-python-headless"
         raise PhotoError(msg) from error
+    # OpenCV takes no number for whole that the file ends with, as those of a PPM in text may.
+    content += b"\n" if content[:2] in (b"P2", b"P3") else b""
     values = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED) if content else None
     if values is None or values.dtype != np.uint16 or values.shape[:2] != image.size[::-1]:
         msg = "more than 8 bits a channel, and cannot be decoded at its full depth; save it as PNG of 16 bits"
