@@ -25,6 +25,10 @@ CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), N
 def serving(bundle: Path, folder: Path, *options: str) -> Iterator[str]:
     """The address of a server that runs meanwhile, and ends as it should."""
     command = [sys.executable, "-m", "anomalib_resad.cli", "serve", "--bundle", bundle, "--banks", folder / "banks"]
+    left = folder / "uploads" / f"resad-{'0' * 32}"  # of a server that was killed
+    left.mkdir(parents=True)
+    (left / "photo.png").touch()
+    left.with_name(f".{left.name}.lock").touch()
     environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "uploads"), "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:

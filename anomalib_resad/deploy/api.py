@@ -7,11 +7,9 @@ It stands behind the guards of :mod:`~anomalib_resad.deploy.guard`, beside the p
 
 import base64
 import io
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +23,6 @@ from starlette.middleware import Middleware
 
 from anomalib_resad.deploy.bank import Bank, BankError, product_name
 from anomalib_resad.deploy.bodies import (
-    UNNAMED,
     AreaOptions,
     EnrollOptions,
     InspectOptions,
@@ -33,6 +30,7 @@ from anomalib_resad.deploy.bodies import (
     Received,
     Sent,
     ThresholdOptions,
+    on_disk,
     received,
 )
 from anomalib_resad.deploy.bundle import BundleError
@@ -44,7 +42,7 @@ from anomalib_resad.deploy.metrics import Measured, Metrics
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.turns import Turns
 from anomalib_resad.enrollment.checks import is_count
-from anomalib_resad.enrollment.photos import Photo, PhotoError
+from anomalib_resad.enrollment.photos import PhotoError
 from anomalib_resad.enrollment.region import polygon
 from anomalib_resad.enrollment.rotations import ORIENTATIONS
 from anomalib_resad.version import __version__
@@ -59,10 +57,13 @@ class Api:
         inferencer (ResADInferencer): The model and its products.
         metrics (Metrics): Figures for Prometheus.
         max_upload_mb (int): Largest photo.
+        folder (Path | None): Where photos are written while they are enrolled; ``None`` for the system's.
     """
 
-    def __init__(self, inferencer: ResADInferencer, metrics: Metrics, max_upload_mb: int) -> None:
-        self.inferencer, self.metrics, self.max_upload_mb = inferencer, metrics, max_upload_mb
+    def __init__(
+        self, inferencer: ResADInferencer, metrics: Metrics, max_upload_mb: int, folder: Path | None = None
+    ) -> None:
+        self.inferencer, self.metrics, self.max_upload_mb, self.folder = inferencer, metrics, max_upload_mb, folder
         self.turns = Turns(metrics)
 
     def router(self) -> APIRouter:
@@ -128,7 +129,7 @@ class Api:
             raise HTTPException(409, f"{name!r} is enrolled already. Add photos to it, or replace it (replace=true).")
         turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[options.rotations]
         rate = None if options.false_alarm_rate == "none" else options.false_alarm_rate
-        with self.turns.turn(), _files(photos) as files:
+        with self.turns.turn(), on_disk(photos, self.folder) as files:
             given = (options.threshold, None, options.replace, turned, options.bit_depth, rate, options.min_area)
             bank = self.inferencer.enroll(name, files, *given, polygon(options.region))
         return self._about(bank)
@@ -137,7 +138,7 @@ class Api:
         """Add good photos to a product."""
         name = self._known(name)
         _, photos = sent.read(Options, self.max_upload_mb)
-        with self.turns.turn(), _files(photos) as files:
+        with self.turns.turn(), on_disk(photos, self.folder) as files:
             return self._about(self.inferencer.add(name, files))
 
     def remove(self, name: str) -> Response:
@@ -223,23 +224,6 @@ class Api:
         return None if np.isnan(threshold) else threshold
 
 
-@contextmanager
-def _files(photos: Sequence[Sent]) -> Iterator[list[Photo]]:
-    """Photos as files, whose names are kept with the product; pixels stay as they are."""
-    with TemporaryDirectory(prefix="resad-") as folder:
-        paths: list[Photo] = []
-        for index, sent in enumerate(photos):
-            photo = sent.photo()
-            if isinstance(photo, bytes):
-                name = re.sub(r"[^\w. ()+-]", "_", re.split(r"[/\\]", sent.name)[-1])[-50:].strip(" .")
-                path = Path(folder) / str(index) / (name or UNNAMED)
-                path.parent.mkdir()
-                path.write_bytes(photo)
-                photo = path
-            paths.append(photo)
-        yield paths
-
-
 def public(inferencer: ResADInferencer, error: Exception) -> str:
     """An error's text, without the server's folders."""
     return printable(without_folders(str(error), (inferencer.banks, inferencer.bundle)))
@@ -252,6 +236,7 @@ def application(
     token: str | None = None,
     max_upload_mb: int = 30,
     max_total_mb: int = 200,
+    folder: Path | None = None,
     tidy: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The API behind its guards.
@@ -263,6 +248,7 @@ def application(
         token (str | None): What clients must know; ``None`` for nothing.
         max_upload_mb (int): Largest file.
         max_total_mb (int): Largest request.
+        folder (Path | None): Where photos are written while they are enrolled; ``None`` for the system's.
         tidy (Callable[[], None]): Run before each request that may leave files.
 
     Raises:
@@ -281,7 +267,7 @@ def application(
         redoc_url=None,
         middleware=[Middleware(Measured, metrics=metrics), *stack],
     )
-    app.include_router(Api(inferencer, metrics, max_upload_mb).router())
+    app.include_router(Api(inferencer, metrics, max_upload_mb, folder).router())
 
     def refused(_: Request, error: Exception) -> JSONResponse:
         status = 503 if isinstance(error, BankError | BundleError | OSError) else 422

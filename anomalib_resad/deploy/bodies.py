@@ -7,8 +7,12 @@ stand in the address, as they may with every body.
 """
 
 import io
-from collections.abc import AsyncIterator, Sequence
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import unquote
 
@@ -145,6 +149,23 @@ class Sent:
             raise PhotoError(msg)
         array = np.frombuffer(values, dtype).reshape(shape, order=order)
         return array.astype(dtype.newbyteorder("="), copy=False)
+
+
+@contextmanager
+def on_disk(photos: Sequence[Sent], parent: Path | None) -> Iterator[list[Photo]]:
+    """Photos as files, whose names are kept with the product; pixels stay as they are."""
+    with TemporaryDirectory(prefix="resad-", dir=parent) as folder:
+        paths: list[Photo] = []
+        for index, sent in enumerate(photos):
+            photo = sent.photo()
+            if isinstance(photo, bytes):
+                name = re.sub(r"[^\w. ()+-]", "_", re.split(r"[/\\]", sent.name)[-1])[-50:].strip(" .")
+                path = Path(folder) / str(index) / (name or UNNAMED)
+                path.parent.mkdir()
+                path.write_bytes(photo)
+                photo = path
+            paths.append(photo)
+        yield paths
 
 
 class JsonPhoto(BaseModel):

@@ -179,6 +179,7 @@ def application(
     token: str | None = None,
     max_upload_mb: int = 30,
     max_total_mb: int = 200,
+    folder: Path | None = None,
 ) -> FastAPI:
     """The page and the API behind their guards; what is uploaded comes into Gradio's folder (``GRADIO_TEMP_DIR``).
 
@@ -189,6 +190,7 @@ def application(
         token (str | None): What clients must know; ``None`` for nothing.
         max_upload_mb (int): Largest file.
         max_total_mb (int): Largest request.
+        folder (Path | None): Where photos of the API are written while they are enrolled; ``None`` for the system's.
 
     Raises:
         ValueError: If a host or a limit is impossible.
@@ -198,7 +200,7 @@ def application(
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # or photos stay in the browser
     Block.async_move_resource_to_block_cache = _move_uploads_alone  # type: ignore[method-assign, assignment]
     blocks = build(Page(inferencer, uploads)).queue(default_concurrency_limit=2, max_size=32, api_open=False)
-    app = api.application(inferencer, host, allowed_hosts, token, max_upload_mb, max_total_mb, uploads.tidy)
+    app = api.application(inferencer, host, allowed_hosts, token, max_upload_mb, max_total_mb, folder, uploads.tidy)
     return gr.mount_gradio_app(
         app,
         blocks,

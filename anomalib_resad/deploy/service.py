@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from anomalib_resad.deploy import api
 from anomalib_resad.deploy.guard import EVERYWHERE, checked_token
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.uploads import own_folder
 
 PORTS = range(7860, 7960)
 
@@ -53,12 +54,11 @@ def launch(
             f"port={port!r} must lie between 0 and 65535; without one, the first free one from {PORTS[0]} on is taken."
         )
         raise ValueError(msg)
-    parent = os.environ.get("GRADIO_TEMP_DIR")
-    if parent is not None:
-        Path(parent).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="resad-", dir=parent) as folder, _listening(host, port) as listening:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        app = _maker(page)(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb)
+    parent = Path(os.environ.get("GRADIO_TEMP_DIR") or gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    with own_folder(parent) as folder, _listening(host, port) as listening:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
+        app = _maker(page)(inferencer, host, allowed_hosts, needed, max_upload_mb, max_total_mb, folder)
         name = "localhost" if host in EVERYWHERE else (f"[{host}]" if ":" in host else host)
         say(f"{'The page' if page else 'The API'}: http://{name}:{listening.getsockname()[1]} (Ctrl+C ends it)")
         if host in EVERYWHERE and not allowed_hosts:

@@ -3,15 +3,48 @@
 """Photos that were uploaded and pictures that were made of them: on the disk for a while, and never more than fits."""
 
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
 from tempfile import NamedTemporaryFile
+from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 KEPT_SECONDS = 1800  # a photo that was dropped is inspected, or enrolled, within this time
 MOST_KEPT = 40  # files: two enrollments of many photos, or the photos and maps of twenty visitors
+
+
+@contextmanager
+def own_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder of this process; those of processes that were killed are removed first.
+
+    A lock beside a folder tells whether its process lives. It is there before the folder, and longer.
+    """
+    for left in parent.glob(f"resad-{'[0-9a-f]' * 32}"):
+        if _lock_of(left).exists():
+            with suppress(OSError, Timeout), FileLock(_lock_of(left), timeout=0):  # also those of other users stay
+                _remove(left)
+    folder = parent / f"resad-{uuid4().hex}"
+    with FileLock(_lock_of(folder)):
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            _remove(folder)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, then its lock, which is held."""
+    rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+        _lock_of(folder).unlink(missing_ok=True)
 
 
 class Uploads:
