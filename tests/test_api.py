@@ -229,6 +229,24 @@ def test_a_full_queue_says_so(inferencer: ResADInferencer, good: list[Path], mon
     assert statuses == [200, 200]
 
 
+def test_photos_of_a_request_are_judged_by_the_threshold_that_is_told(
+    client: Any, inferencer: ResADInferencer, good: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody changes it between two of them."""
+    inferencer.enroll("tiles", good[:1], rotations=1, threshold=1e6)
+    inspect = inferencer.inspect
+
+    def changing(*given: Any) -> Any:
+        found = inspect(*given)
+        inferencer.set_threshold("tiles", -1e6)
+        return found
+
+    monkeypatch.setattr(inferencer, "inspect", changing)
+    answers = [client.post("/v1/products/tiles/inspect", files=photos(*good[1:3])).json() for _ in range(2)]
+    told = [(each["threshold"], *(result["label"] for result in each["results"])) for each in answers]
+    assert told == [(1e6, "good", "good"), (-1e6, "anomalous", "anomalous")]
+
+
 HEADLESS = """
 import sys
 class Blocked:

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from starlette.middleware import Middleware
 
 from anomalib_resad.deploy.bank import Bank, BankError, product_name
+from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bodies import (
     AreaOptions,
     EnrollOptions,
@@ -165,16 +166,17 @@ class Api:
     # -- inspection ---------------------------------------------------------------------------------------------------
 
     def inspect(self, name: str, sent: Photos) -> dict[str, Any]:
-        """Inspect photos."""
+        """Inspect photos, all by the threshold that is told."""
         name = self._known(name)
         options, photos = sent.read(InspectOptions, self.max_upload_mb)
         with self.turns.turn():
-            results = [self._inspected(name, each, options.map) for each in photos]
-        return {"product": name, "threshold": self._threshold(self.inferencer.bank(name)), "results": results}
+            known = self.inferencer.loaded(name)
+            results = [self._inspected(name, known, each, options.map) for each in photos]
+        return {"product": name, "threshold": self._threshold(known.bank), "results": results}
 
-    def _inspected(self, name: str, sent: Sent, picture: str) -> dict[str, Any]:
+    def _inspected(self, name: str, known: Loaded, sent: Sent, picture: str) -> dict[str, Any]:
         try:
-            found, pixels = self.inferencer.inspect(sent.photo(), name)
+            found, pixels = self.inferencer.inspect(sent.photo(), name, known)
         except PhotoError as error:
             return {"photo": sent.name, "error": public(self.inferencer, error)}
         self.metrics.count(name, found)

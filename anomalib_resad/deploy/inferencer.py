@@ -56,15 +56,22 @@ class ResADInferencer(Products):
         """
         return self.inspect(photo, product)[0]
 
-    def inspect(self, photo: Photo, product: str) -> tuple[Prediction, np.ndarray]:
-        """What :meth:`predict` finds, and the pixels that it was found in, uint8, shape ``(H, W, 3)``."""
-        known = self._store.load(product)
+    def inspect(self, photo: Photo, product: str, known: Loaded | None = None) -> tuple[Prediction, np.ndarray]:
+        """What :meth:`predict` finds, and the pixels that it was found in, uint8, shape ``(H, W, 3)``.
+
+        Args:
+            photo (Photo): As of :meth:`predict`.
+            product (str): As of :meth:`predict`.
+            known (Loaded | None): The product as :meth:`loaded` gave it, if several photos are to be judged alike,
+                whoever changes it meanwhile; ``None`` for the product as it is now.
+        """
+        known = self.loaded(product) if known is None else known
         pixels = read_like(photo, known.bank.bit_depth)
         return self._judge([self._seen(photo, pixels, known.bank)], known)[0], pixels
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
-        known = self._store.load(product)
+        known = self.loaded(product)
         encoded = [self._seen(photo, read_like(photo, known.bank.bit_depth), known.bank) for photo in photos]
         return self._judge(encoded, known) if encoded else []
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bank_rows import is_whole
-from anomalib_resad.deploy.bank_store import BankStore
+from anomalib_resad.deploy.bank_store import BankStore, Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
 from anomalib_resad.deploy.runtime import Runtime
 from anomalib_resad.deploy.watch import Watch
@@ -61,6 +61,15 @@ class Model:
             return [np.ascontiguousarray(level.reshape(-1, level.shape[2])) for level in rows]
         return [level[cells_inside(region, *level.shape[:2])] for level in rows]
 
+    def loaded(self, name: str) -> Loaded:
+        """A product as it is now.
+
+        Raises:
+            ValueError: If it is not enrolled.
+            BankError: If its file cannot be used.
+        """
+        return self._store.load(name)
+
     def bank(self, name: str) -> Bank:
         """The bank of a product.
 
@@ -68,7 +77,7 @@ class Model:
             ValueError: If it is not enrolled.
             BankError: If its file cannot be used.
         """
-        return self._store.load(name).bank
+        return self.loaded(name).bank
 
     def searched(self, name: str) -> Rows:
         """The rows of a product that a search looks through, per level ``(N, C_l)``, as the detector takes them.
