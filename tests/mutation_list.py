@@ -88,7 +88,7 @@ MUTATIONS = [
     Mutation("training/source_references.py", "source photos lose their shape", "size = self._size_of(photo.path)",
              "size = None", "test_image_size"),
     Mutation("training/source_references.py", "photos are read again",
-             "            self._photos.kept.add(photo.path)", "            pass", "test_fused_training"),
+             "self._photos.kept.update(photo.path for photo in photos)", "pass", "test_fused_training"),
     Mutation("training/reference_pools.py", "an image is its own reference", " if other != path]", "]",
              "test_defects test_fused_training"),
     Mutation("training/synthetic_defects.py", "the same photos are painted in every epoch",

@@ -182,10 +182,26 @@ def share_that_moved(path: Path, cells: list[str], column: str) -> list[float]:
     return [photos if column == "how many" else 100 * moved / photos]
 
 
+SHARES = {
+    "false alarms": "false_alarm_rate",
+    "defects found": "recall",
+    "of these shown": "shown",
+    "good photos shown": "good_shown",
+    "pixel F1": "pixel_F1",
+}
+
+
+def thresholds_of_a_ready_head(path: Path, cells: list[str], column: str) -> list[float]:
+    photos, _, target = cells[0].partition(",")
+    row = the(records(path), shots=photos, rule="calibrated", rate=f"{int(number_of(target)) / 100:.4f}")
+    return [100 * float(row[SHARES[column]])]
+
+
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "time over the backbone": time_over_backbone,
     "false alarms / found / F1": rule_of_threshold,
+    "thresholds of a ready head": thresholds_of_a_ready_head,
     "one photo over the backbone": cost_over_backbone,
     "other precisions and batches": cost_over_backbone,
     "seconds by epoch": training_by_epoch,

@@ -55,7 +55,7 @@ def test_impossible_share_is_refused() -> None:
 
 @pytest.mark.parametrize("k_shot", [0, -1])
 def test_impossible_numbers_of_references_are_refused_at_once(k_shot: int) -> None:
-    with pytest.raises(ValueError, match=f"k_shot={k_shot} must be at least 1"):
+    with pytest.raises(ValueError, match=f"k_shot={k_shot} must be a whole number of at least 1"):
         ResAD(**DEFAULT | {"k_shot": k_shot})
 
 

@@ -285,4 +285,6 @@ class FeaturePyramid(nn.Module):
             list[Tensor]: One feature map per level, shape ``(B, C_l, H_l, W_l)``.
         """
         self.bring_weights()
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():
+            images = images.contiguous(memory_format=torch.channels_last)  # a quarter faster there; exports choose
         return list(self.net(images))

@@ -36,6 +36,7 @@ from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_
 
 # Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
 KEY_PHOTOS = 64
+ENCODED = 8  # source photos that are encoded together, which is faster than one by one
 DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
 
 
@@ -123,8 +124,8 @@ class SourceReferences:
             self._fill(trainer.is_global_zero, getattr(datamodule, "num_workers", 0))
         shown = [path for data in (self._photos, *held_out) for path in data.samples.image_path]
         unread = [path for path in shown if path not in self._photos.kept]
-        console, hidden = Console(stderr=True), not trainer.is_global_zero
-        paths = track(unread, "Checking source photos", console=console, transient=True, disable=hidden)
+        hidden = not trainer.is_global_zero
+        paths = track(unread, "Checking source photos", console=Console(stderr=True), transient=True, disable=hidden)
         check_photos(paths, "source images", decode=True, bit_depth=self.bit_depth)
         self._learn_keys()
 
@@ -141,16 +142,21 @@ class SourceReferences:
     def _fill(self, visible: bool, num_workers: int) -> None:
         """Read each photo once and keep its features, and those of its painted version, as far as there is room."""
         self.cache.clear()
-        photos = DataLoader(self._photos, batch_size=None, num_workers=num_workers)
-        console = Console(stderr=True)
-        for photo in track(photos, "Encoding source photos", console=console, transient=True, disable=not visible):
-            versions = [False, True] if self._share and photo.label == LabelName.NORMAL else [False]
-            pictures = {painted: self._encode([self._prepared(photo, painted)])[0] for painted in versions}
-            if not all(self.cache.put(photo.path, picture, painted) for painted, picture in pictures.items()):
-                break
-            assert self._photos.kept is not None
-            self._photos.kept.add(photo.path)
+        photos = DataLoader(self._photos, batch_size=ENCODED, num_workers=num_workers, collate_fn=list)
+        shown: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not visible}
+        all(self._keep(batch) for batch in track(photos, "Encoding source photos", **shown))  # until there is no room
         rank_zero_info(f"Features of {self.cache} are kept.")
+
+    def _keep(self, photos: Sequence[SourcePhoto]) -> bool:
+        """Keep the features of some photos and of their painted versions; whether there was room for all."""
+        good = [photo for photo in photos if self._share and photo.label == LabelName.NORMAL]
+        versions = [*((photo, False) for photo in photos), *((photo, True) for photo in good)]
+        pictures = self._encode([self._prepared(photo, painted) for photo, painted in versions])
+        of = [(photo.path, picture, painted) for (photo, painted), picture in zip(versions, pictures, strict=True)]
+        assert self._photos.kept is not None
+        if fits := all(self.cache.put(*each) for each in of):
+            self._photos.kept.update(photo.path for photo in photos)
+        return fits
 
     def _learn_keys(self) -> None:
         """Learn the directions of the keys from good photos, unless that was done before."""
