@@ -247,6 +247,23 @@ def test_photos_of_a_request_are_judged_by_the_threshold_that_is_told(
     assert told == [(1e6, "good", "good"), (-1e6, "anomalous", "anomalous")]
 
 
+def test_what_another_one_did_meanwhile_has_the_same_status(
+    client: Any, inferencer: ResADInferencer, good: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a product came, or went, after the request was checked."""
+    inferencer.enroll("tiles", good[:1], rotations=1)
+    monkeypatch.setattr(type(inferencer), "products", ["gone"])
+    assert client.post("/v1/products/tiles", files=photos(good[1])).status_code == 409
+    for answer in (
+        client.post("/v1/products/gone/photos", files=photos(good[1])),
+        client.post("/v1/products/gone/inspect", files=photos(good[1])),
+        client.put("/v1/products/gone/threshold", json={"threshold": 1}),
+        client.delete("/v1/products/gone"),
+    ):
+        assert answer.status_code == 404
+        assert "'gone' is not enrolled" in answer.json()["detail"]
+
+
 HEADLESS = """
 import sys
 class Blocked:

@@ -196,6 +196,9 @@ def test_what_is_refused_is_said_in_its_place(page: Page, good: list[Path], tmp_
     assert (picture, found) == (None, None)
     assert "not enrolled" in verdict
     page.enroll("tiles", [str(good[0])])
+    broken.unlink()
+    _, _, verdict = page.in_place(page.inspect, [None, None, REFUSED])({"path": str(broken)}, "tiles", 0.5)
+    assert verdict == f"{REFUSED} This file is no longer here. Drop it again."
     _, _, verdict = page.in_place(page.inspect, [None, None, REFUSED])(str(good[0]), "tiles", "much")
     assert verdict.startswith(REFUSED)
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 
 pytest.importorskip("fastapi", reason="the extra [api] is not installed")
@@ -66,3 +67,29 @@ def test_photos_that_are_enrolled_lie_in_the_servers_folder(
         assert client.post("/v1/products/tiles?rotations=1", **body).status_code == 201
     assert [folder in path.parents for path in seen] == [True]
     assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", [b"image/png", b"multipart/form-data; boundary=b"])
+def test_a_client_that_leaves_is_no_error(inferencer: ResADInferencer, good: list[Path], kind: bytes) -> None:
+    """Nor is anything held of it: the server would print a traceback, and count its bytes for ever."""
+    inferencer.enroll("tiles", good[:1], rotations=1)
+    app, sent = application(inferencer), []
+    begun = {"type": "http.request", "body": b"--b\r\n", "more_body": True}
+
+    async def ask() -> None:
+        coming = iter([begun, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(coming)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", kind), (b"content-length", b"200000000")]
+        path = "/v1/products/tiles/photos"
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await app(scope, receive, send)
+
+    for _ in range(3):
+        anyio.run(ask)
+    assert not sent

@@ -21,7 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.middleware import Middleware
 
-from anomalib_resad.deploy.bank import Bank, BankError, product_name
+from anomalib_resad.deploy.bank import Bank, BankError, EnrolledError, NotEnrolledError, product_name
 from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bodies import (
     AreaOptions,
@@ -272,7 +272,8 @@ def application(
     app.include_router(Api(inferencer, metrics, max_upload_mb, folder).router())
 
     def refused(_: Request, error: Exception) -> JSONResponse:
-        status = 503 if isinstance(error, BankError | BundleError | OSError) else 422
+        kinds: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409}  # since the request was checked
+        status = 503 if isinstance(error, BankError | BundleError | OSError) else kinds.get(type(error), 422)
         return JSONResponse({"detail": public(inferencer, error)}, status)
 
     def misused(_: Request, error: Exception) -> JSONResponse:

@@ -32,6 +32,14 @@ class BankError(ValueError):
     """A bank cannot be used; the message says why and what to do."""
 
 
+class NotEnrolledError(ValueError):
+    """There is no such product."""
+
+
+class EnrolledError(ValueError):
+    """There is such a product already."""
+
+
 @dataclass(frozen=True)
 class Bank:
     """Features of the good photos of one product.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, bank_file, product_name
+from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, NotEnrolledError, bank_file, product_name
 from anomalib_resad.deploy.bank_reading import check_bank, read_bank
 from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
@@ -159,4 +159,4 @@ class BankStore:
         except FileNotFoundError as error:
             known = ", ".join(self.products) or "none"
             msg = f"{name!r} is not enrolled. Enrolled: {known}."
-            raise ValueError(msg) from error
+            raise NotEnrolledError(msg) from error

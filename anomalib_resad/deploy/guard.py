@@ -10,6 +10,7 @@ import ipaddress
 import secrets
 from base64 import b64decode
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from python_multipart.exceptions import MultipartParseError
@@ -19,6 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.formparsers import MultiPartException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -118,7 +120,8 @@ class Guard:
             try:
                 if scope["method"] == "POST":
                     await run_in_threadpool(self.tidy)
-                await self.app(scope, _limited(headers, receive, most), _with_headers(send))
+                with suppress(ClientDisconnect):  # nobody is left to be answered
+                    await self.app(scope, _limited(headers, receive, most), _with_headers(send))
             finally:
                 self._held -= length
 

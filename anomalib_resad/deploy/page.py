@@ -275,6 +275,9 @@ class Page:
         if not isinstance(path, str) or not self.uploads.holds(path):
             msg = "This file was not uploaded."
             raise gr.Error(msg, print_exception=False)
+        if not Path(path).is_file():  # equal uploads are one file: another session may have been done with it
+            msg = "This file is no longer here. Drop it again."
+            raise gr.Error(msg, print_exception=False)
         return path
 
     @contextmanager

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import REGION, Bank, BankError, bank_file, product_name
+from anomalib_resad.deploy.bank import REGION, Bank, BankError, EnrolledError, bank_file, product_name
 from anomalib_resad.deploy.bank_rows import leave_one_out, rows_of_photos
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.regions import check_min_area
@@ -145,7 +145,7 @@ class Products(Model):
     def _check_new(self, name: str, replace_existing: bool) -> None:
         if bank_file(self.banks, name).exists() and not replace_existing:
             msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
-            raise ValueError(msg)
+            raise EnrolledError(msg)
 
     def add(self, name: str, photos: Photos) -> Bank:
         """Add good photos to a product; the bank is then as if all had been enrolled at once.
