@@ -16,7 +16,7 @@ from PIL import Image
 
 from anomalib_resad import cli
 from anomalib_resad.deploy import Prediction, ResADInferencer, find_regions
-from anomalib_resad.deploy.pictures import BOX
+from anomalib_resad.deploy.pictures import BOX, overlay
 from anomalib_resad.deploy.regions import MOST, bounded
 
 SIDES = st.integers(8, 40)
@@ -229,3 +229,15 @@ def test_the_command_writes_regions(bundle: Path, good: list[Path], new: list[Pa
         with pytest.raises(SystemExit):
             cli.predict(bundle, "tiles", photos, output, tmp_path / "banks", min_area=least)
         assert len(lines(output)[0]["regions"]) == count, "the product's own, unless another is given"
+
+
+def test_pictures_are_clear_below_the_threshold_and_red_from_it_on() -> None:
+    photo = np.full((4, 5, 3), 100, dtype=np.uint8)
+    maps = np.repeat(np.array([[0.0, 0.4, 0.5, 0.6, 0.9]], dtype=np.float32), 4, axis=0)
+    zero, clear, threshold, above, highest = np.asarray(overlay(photo, maps))[0].astype(int)
+    assert zero.tolist() == clear.tolist() == [100, 100, 100]
+    assert threshold[0] > 200, "red"
+    assert max(threshold[1:]) < 50
+    assert highest[0] > 200
+    assert threshold[1] < above[1] < highest[1], "yellow above"
+    assert highest[2] < 50

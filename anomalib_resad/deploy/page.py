@@ -169,7 +169,7 @@ class Page:
             threshold = float(threshold)
             bank = self.inferencer.bank(product)
             found, pixels = self.inferencer.inspect(photo, product)
-            stretch = self.inferencer.manifest.map.threshold is None
+            stretch = found.label is None
             picture = self.uploads.keep(found.picture(shrunk(pixels, LONGEST_SHOWN), stretch))
         if last is not None:
             self.uploads.forget([last.picture, last.photo if last.photo != photo else None])

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+CLEAR, YELLOW = 0.4, 0.75  # of normalized maps
 BOX = (0, 229, 255)  # of regions: it stands out from the map's red and yellow
 
 
@@ -23,7 +24,9 @@ def resized(anomaly_map: np.ndarray, size: Sequence[int]) -> np.ndarray:
 
 
 def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) -> Image.Image:
-    """Lay a map over its photo: clear where it is 0, red at 0.5 and above, yellow at 1.
+    """Lay a map over its photo: clear up to :data:`CLEAR`, red at the threshold, 0.5, yellow at :data:`YELLOW`.
+
+    So what lies well below the threshold leaves the photo as it is, and all photos are on one scale.
 
     Args:
         pixels (np.ndarray): The photo, uint8, shape ``(H, W, 3)``.
@@ -34,9 +37,11 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) 
         low, high = float(anomaly_map.min()), float(anomaly_map.max())
         anomaly_map = (anomaly_map - low) / max(high - low, 1e-6)
     value = np.clip(resized(anomaly_map, pixels.shape[:2]), 0, 1)[:, :, None]
-    strength = 0.8 * np.clip(2 * value - 0.4, 0, 1)
+    strength = 0.7 * np.clip((value - CLEAR) / (0.5 - CLEAR), 0, 1)
     picture = pixels * (1 - strength)
-    for channel, color in enumerate((1.0, np.clip(2 * value[..., 0] - 1, 0, 1))):  # red, and with green yellow
+    for channel, color in enumerate(
+        (1.0, np.clip((value[..., 0] - 0.5) / (YELLOW - 0.5), 0, 1))
+    ):  # red, and with green yellow
         picture[..., channel] += color * 255 * strength[..., 0]
     return Image.fromarray(picture.astype(np.uint8))
 
