@@ -15,6 +15,7 @@ from anomalib_resad.commands.bundle import info, pack, verify
 from anomalib_resad.commands.check import check
 from anomalib_resad.commands.console import explained
 from anomalib_resad.commands.export import export, parity
+from anomalib_resad.commands.history import history, undo
 from anomalib_resad.commands.inspect import inspect
 from anomalib_resad.commands.predict import predict
 from anomalib_resad.commands.products import enroll, products
@@ -32,6 +33,8 @@ VERBS: dict[str, Any] = {
     "products": products,
     "threshold": threshold,
     "check": check,
+    "history": history,
+    "undo": undo,
     "bake": bake,
     "bundle": {
         "_help": "Pack a bundle into one file, check it, or tell what it is.",

@@ -135,10 +135,15 @@ class Bank:
         """SHA-256 of all that the bank holds."""
         return checksum_of(self._metadata(), self.arrays)
 
-    def save(self, path: Path) -> None:
-        """Write the bank, whole or not at all; equal banks are equal files."""
+    @property
+    def content(self) -> bytes:
+        """The bank's file; equal banks are equal files."""
         metadata = json.dumps(self._metadata() | {"checksum": self.checksum}, sort_keys=True)
-        write_whole(path, save(self.arrays, {ENTRY: metadata}))
+        return save(self.arrays, {ENTRY: metadata})
+
+    def save(self, path: Path) -> None:
+        """Write the bank, whole or not at all."""
+        write_whole(path, self.content)
 
     def _metadata(self) -> dict[str, str]:
         # What is as it always was is left out, so that equal banks of earlier versions are equal files.

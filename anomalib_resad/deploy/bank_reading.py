@@ -29,18 +29,27 @@ def read_bank(path: Path, manifest: Manifest) -> Bank:
         BankError: If it is of another model or version, truncated, altered, not finite, or of a wrong size.
     """
     try:
-        bank = _read(path)
-    except BankError:
-        raise
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        content = path.read_bytes()  # once, and no memory map: somebody may replace or cut the file
+    except OSError as error:
         msg = f"{path} is truncated or no bank ({error}). Copy it again, or enroll the product again."
         raise BankError(msg) from error
-    check_bank(bank, manifest, str(path))
+    return parse_bank(content, manifest, str(path))
+
+
+def parse_bank(content: bytes, manifest: Manifest, where: str) -> Bank:
+    """Check the content of a bank's file; arguments and errors as of :func:`read_bank`."""
+    try:
+        bank = _parse(content, where)
+    except BankError:
+        raise
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        msg = f"{where} is truncated or no bank ({error}). Copy it again, or enroll the product again."
+        raise BankError(msg) from error
+    check_bank(bank, manifest, where)
     return bank
 
 
-def _read(path: Path) -> Bank:
-    content = path.read_bytes()  # once, and no memory map: somebody may replace or cut the file
+def _parse(content: bytes, where: str) -> Bank:
     arrays = load(content)
     header = strict_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata = header.get("__metadata__", {})
@@ -49,12 +58,12 @@ def _read(path: Path) -> Bank:
     expected = FORMAT_OF_REGION if REGION in arrays else FORMAT
     if metadata.get("format") != expected:
         msg = (
-            f"{path} is no bank of this version ({metadata.get('format')} instead of {expected}). "
+            f"{where} is no bank of this version ({metadata.get('format')} instead of {expected}). "
             "Enroll the product again from its good photos."
         )
         raise BankError(msg)
     if checksum_of(metadata, arrays) != checksum:
-        msg = f"{path} was altered after it was written: its checksum differs. Copy it again, or enroll again."
+        msg = f"{where} was altered after it was written: its checksum differs. Copy it again, or enroll again."
         raise BankError(msg)
     scores = json.loads(metadata.get("leave_one_out", "null"))
     return Bank(

@@ -13,13 +13,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, NotEnrolledError, bank_file, product_name
-from anomalib_resad.deploy.bank_reading import check_bank, read_bank
+from anomalib_resad.deploy.bank_reading import check_bank, parse_bank, read_bank
 from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.history import History, Step
 from anomalib_resad.deploy.position import Position, position_of
 from anomalib_resad.deploy.watch import Watch, stamp
 from anomalib_resad.enrollment.checks import is_count
-from anomalib_resad.enrollment.files import PART, remove_stale
+from anomalib_resad.enrollment.files import PART, remove_stale, write_whole
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
 
@@ -53,6 +54,7 @@ class BankStore:
         self.manifest = manifest
         self.watch = watch
         self.most_loaded = most_loaded
+        self._history = History(folder)
         self._loaded: OrderedDict[str, tuple[tuple[int, ...], Loaded]] = OrderedDict()
         self._lock = threading.RLock()
         if not is_count(most_loaded):
@@ -128,17 +130,19 @@ class BankStore:
         """
         self._stat(name)
 
-    def write(self, bank: Bank) -> Bank:
+    def write(self, bank: Bank, what: str) -> Bank:
         """Write a bank, whole or not at all; :meth:`changing` must be held.
+
+        Args:
+            bank (Bank): The bank.
+            what (str): What the history of the product says was done.
 
         Raises:
             BankError: If it does not fit the bundle.
             OSError: If it cannot be written; :meth:`changing` makes a BankError of it.
         """
         check_bank(bank, self.manifest, bank.product)
-        with self._lock:
-            bank.save(bank_file(self.folder, bank.product))
-            self._loaded.pop(bank.product, None)
+        self._put(bank.product, bank.content, bank, what)
         return bank
 
     def remove(self, name: str) -> None:
@@ -148,8 +152,64 @@ class BankStore:
             ValueError: If it is not enrolled.
         """
         self._stat(name)
-        with self._lock:
-            bank_file(self.folder, name).unlink()
+        self._put(name, None, None, "remove")
+
+    def steps(self, name: str) -> list[Step]:
+        """The last changes of a product, the oldest first; also of one that was removed.
+
+        Raises:
+            ValueError: If nothing is known of it.
+        """
+        self.watch.check()
+        steps = self._history.steps(name, self._content(name))
+        if not steps:
+            self._stat(name)
+        return steps
+
+    def undo(self, name: str, number: int | None = None) -> Step:
+        """Make a product what it was before a step, which is a step as well; :meth:`changing` must be held.
+
+        Args:
+            name (str): The product.
+            number (int | None): Number of the step; ``None`` for the last one.
+
+        Returns:
+            Step: The one that was undone.
+
+        Raises:
+            ValueError: If there is no such step, or the product is already what it was then.
+            BankError: If what was kept cannot be used with this bundle.
+        """
+        steps = self.steps(name)
+        last = steps[-1].number if steps else 0
+        chosen = {each.number: each for each in steps}.get(last if number is None else number)
+        if chosen is None:
+            kept = f"{steps[0].number} to {last}" if steps else "none"
+            msg = f"{name!r} has no step {number or ''} that could be undone; kept are {kept}. See `resad history`."
+            raise ValueError(msg)
+        content = self._history.before(name, chosen.number)
+        if content == self._content(name):
+            msg = f"{name!r} is what it was before step {chosen.number}. Nothing was changed."
+            raise ValueError(msg)
+        where = f"{name}, as it was before step {chosen.number},"
+        bank = None if content is None else parse_bank(content, self.manifest, where)
+        self._put(name, content, bank, f"undo {chosen.number}")
+        return chosen
+
+    def _content(self, name: str) -> bytes | None:
+        try:
+            return bank_file(self.folder, name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _put(self, name: str, content: bytes | None, bank: Bank | None, what: str) -> None:
+        """Write the file of a bank, or remove it, and keep what it was."""
+        path = bank_file(self.folder, name)
+        with self._lock, self._history.step(name, what, self._content(name), content, bank):
+            if content is None:
+                path.unlink()
+            else:
+                write_whole(path, content)
             self._loaded.pop(name, None)
 
     def _stat(self, name: str) -> tuple[int, ...]:

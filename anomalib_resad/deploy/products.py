@@ -107,9 +107,9 @@ class Products(Model):
             before = self._earlier(name)
             if region is None and before is not None:
                 _check_same(name, before.region, mask)
-            least = 0 if before is None else before.min_area
-            judged = self._judged(bank, before, threshold, false_alarm_rate)
-            return self._store.write(judged.with_min_area(least if min_area is None else min_area))
+            least = (0 if before is None else before.min_area) if min_area is None else min_area
+            judged = self._judged(bank, before, threshold, false_alarm_rate).with_min_area(least)
+            return self._store.write(judged, "enroll" if before is None else "replace")
 
     def _kept_region(self, name: str) -> np.ndarray | None:
         """The region of a product that is replaced, if its bank can be read."""
@@ -171,7 +171,7 @@ class Products(Model):
                 )
                 raise BankError(msg)
             _check_same(name, bank.region, before.region)
-            return self._store.write(self._changed(bank, rows_of_photos(bank, self.manifest) | added))
+            return self._store.write(self._changed(bank, rows_of_photos(bank, self.manifest) | added), "add")
 
     def remove(self, name: str, photo: str | None = None) -> None:
         """Remove a product, or one of its photos by name, or by the beginning of its SHA-256.
@@ -196,7 +196,7 @@ class Products(Model):
                 for reference, rows in rows_of_photos(bank, self.manifest).items()
                 if reference != chosen[0]
             }
-            self._store.write(self._changed(bank, kept))
+            self._store.write(self._changed(bank, kept), f"remove {chosen[0].name}")
 
     def set_threshold(self, name: str, threshold: float | None) -> Bank:
         """Give a product its own threshold of the raw score, or with ``None`` the model's again.
@@ -206,7 +206,7 @@ class Products(Model):
         """
         self._store.check_enrolled(name)
         with self._store.changing(name):
-            return self._store.write(self.bank(name).with_threshold(threshold))
+            return self._store.write(self.bank(name).with_threshold(threshold), "threshold")
 
     def set_min_area(self, name: str, min_area: int) -> Bank:
         """Change the fewest pixels of a region that is found in photos of a product; 0 for regions of any size.
@@ -216,7 +216,7 @@ class Products(Model):
         """
         self._store.check_enrolled(name)
         with self._store.changing(name):
-            return self._store.write(self.bank(name).with_min_area(min_area))
+            return self._store.write(self.bank(name).with_min_area(min_area), "minimum area")
 
     def calibrate(self, name: str, rate: float) -> Bank:
         """Give a product the threshold that a share of good photos exceeds, from the scores of its own photos.
@@ -233,7 +233,7 @@ class Products(Model):
             if not bank.leave_one_out:
                 msg = f"{name!r} has one photo, which nothing can be compared with. Add a good photo first."
                 raise ValueError(msg)
-            return self._store.write(bank.with_rate(rate, self.manifest.scatter))
+            return self._store.write(bank.with_rate(rate, self.manifest.scatter), "threshold")
 
     def _features_of(
         self, read: References, rotations: Rotations, region: np.ndarray | None
