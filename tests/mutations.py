@@ -4,8 +4,8 @@
 
 Usage: python -m tests.mutations [--output FILE] [--only WORD] [--workers 2]
 
-Each mutation of :data:`MUTATIONS` replaces one piece of text in a copy of the repository and runs the tests that should
-fail then. The table says which were noticed.
+Each mutation of :data:`MUTATIONS` and :data:`AWKWARD` replaces one piece of text in a copy of the repository and runs
+the tests that should fail then. The table says which were noticed.
 """
 
 import json
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from tests.awkward_mutations import AWKWARD
 from tests.mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,7 +76,7 @@ def main(output: Path | None = None, only: str = "", workers: int = 2) -> None:
         only: Try those whose file or description holds this word.
         workers: Copies that are tested side by side.
     """
-    chosen = [each for each in MUTATIONS if only in f"{each.file} {each.what}"]
+    chosen = [each for each in [*MUTATIONS, *AWKWARD] if only in f"{each.file} {each.what}"]
     found: dict[Mutation, dict[str, Any]] = {}
     copies: Queue[Path] = Queue()
     with TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as progress:

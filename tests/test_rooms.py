@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.awkward_mutations import AWKWARD
 from tests.mutation_list import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1] / "anomalib_resad"
@@ -136,7 +137,7 @@ def test_no_file_over_300_lines_and_no_function_over_45() -> None:
     assert not functions
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda each: f"{each.file} {each.what}")
+@pytest.mark.parametrize("mutation", [*MUTATIONS, *AWKWARD], ids=lambda each: f"{each.file} {each.what}")
 def test_mutations_still_apply(mutation: Mutation) -> None:
     """The text that each one replaces stands there once, and its tests are there; see tests/mutations.py."""
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
