@@ -2,18 +2,17 @@
 
 """Every table of figures in README and docs is that of a committed file, which the comment above the table names."""
 
-import csv
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from scipy.stats import t as student
 
 from benchmarks.report import readme_categories, readme_table
+from tests.figures import EXPECTED, records, the
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,175 +41,6 @@ class Table(NamedTuple):
 def tables_in(path: Path) -> list[Table]:
     found = re.findall(r"(?:^<!-- (.+) -->\n)?((?:^\|.*\n)+)", path.read_text(), re.MULTILINE)
     return [Table(path.name, marker or None, text) for marker, text in found]
-
-
-def records(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def the(rows: list[dict[str, str]], **wanted: str) -> dict[str, str]:
-    """The only row with these values, which are regular expressions."""
-    (row,) = [row for row in rows if all(re.fullmatch(value, row[key]) for key, value in wanted.items())]
-    return row
-
-
-def number_of(text: str) -> str:
-    return re.sub(r"\D", "", text)
-
-
-def points_above(path: Path, cells: list[str], column: str) -> list[float]:
-    rows, metric = records(path), cells[1].replace(" ", "_")
-    means = [
-        the(rows, method=re.escape(name), shots=number_of(column), category="mean")[metric]
-        for name in ("ResAD", cells[0])
-    ]
-    return [100 * (float(means[0]) - float(means[1]))]
-
-
-def time_over_backbone(path: Path, cells: list[str], column: str) -> list[float]:
-    row = the(records(path), method=re.escape(cells[0]), shots=number_of(column), category="mean")
-    return [float(row["latency_ratio"])]
-
-
-def rule_of_threshold(path: Path, cells: list[str], column: str) -> list[float]:
-    rules = {"the product's own": "calibrated", "stored": "stored", "best": "best possible", "anomalib's": "anomalib.*"}
-    (rule,) = [rule for label, rule in rules.items() if cells[0].startswith(label)]
-    percent = re.search(r"(\d+) %", cells[0])
-    rate = f"{int(percent[1]) / 100:.4f}" if percent else "0.0000"
-    row = the(records(path), shots=number_of(column), rule=rule, rate=rate)
-    return [100 * float(row[key]) for key in ("false_alarm_rate", "recall", "F1")]
-
-
-RUNTIMES = {
-    "PyTorch": "torch",
-    "OpenVINO float32": "openvino f32",
-    "OpenVINO bfloat16": "openvino bf16",
-    "OpenVINO 8 bits": "openvino int8",
-}
-ITEMS = {
-    "the default": "fused",
-    "the same": "fused, (rotated|turned) product",
-    "Patchcore, a tenth": "Patchcore 0.1",
-    "Patchcore, all": "Patchcore 1",
-    "`resad`": "resad",
-    "`resad++`": r"resad\+\+",
-}
-BACKBONES = {"ResNet-18": "resnet18", "WideResNet50": "wide_resnet50_2"}
-
-
-def cost_over_backbone(path: Path, cells: list[str], column: str) -> list[float]:
-    said = f"{cells[0]}, {column}"
-    (runtime,) = [name for label, name in RUNTIMES.items() if label in said]
-    item = [name for label, name in ITEMS.items() if cells[0].startswith(label)][-1]
-    row = the(
-        records(path),
-        backbone=BACKBONES[column.partition(":")[0]],
-        runtime=runtime,
-        batch="8" if "batches of 8" in said else "1",
-        item=f"{item}: whole" if runtime == "torch" else item,
-    )
-    return [float(row["ratio"])]
-
-
-def training_by_epoch(path: Path, cells: list[str], column: str) -> list[float]:
-    epoch = str(int(number_of(column)) - 1)
-    kept, computed = (the(records(path), cache_gb=size, epoch=epoch) for size in ("4", "0"))
-    if cells[0] == "loss of both":
-        assert kept["loss"] == computed["loss"]
-        return [float(kept["loss"])]
-    return [float((kept if cells[0] == "features kept" else computed)["seconds"])]
-
-
-ON_THE_EDGE = {
-    "enroll, s": "enroll_s",
-    "enroll for the first time, s": "enroll_first_s",
-    "enroll with `rotations=1`, s": "enroll_plain_s",
-    "enroll rotated photos, s": "enroll_(rotated|turned)_s",
-    "one photo, ms": "photo_ms",
-    "one photo over the encoder alone": "ratio",
-    "one photo with Patchcore, same backbone and references, ms": "patchcore_ms",
-    "bundle, MB": "bundle_mb",
-    "bank, MB": "bank_mb",
-}
-
-
-def on_the_edge(path: Path, cells: list[str], column: str) -> list[float]:
-    result: dict[str, Any] = json.loads(path.read_text())["results"][BACKBONES[column]]
-    if cells[0] == "rows that are searched with `max_patches=1000`, MB":
-        return [each["bank_mb"] for each in result["coreset"] if each["max_patches"] == 1000]
-    return [value for key, value in result.items() if re.fullmatch(ON_THE_EDGE[cells[0]], key)]
-
-
-def memory_by_sizes(path: Path, cells: list[str], column: str) -> list[float]:
-    keeps = "5000" if "default" in cells[0] else "64"
-    return [float(the(records(path), keeps=keeps, sizes=number_of(column))["megabytes"])]
-
-
-def on_a_new_device(path: Path, cells: list[str], _: str) -> list[float]:
-    result: dict[str, Any] = json.loads(path.read_text())
-    sizes = {each["name"]: each["mb"] for each in result["packages"]}
-    figures = {
-        "the wheel, MB": result["wheel_mb"],
-        "all that is installed, MB": result["packages_mb"],
-        "OpenVINO in it, MB": sizes["openvino"],
-        "install, s": result["seconds"]["install"],
-        "enroll, s": result["seconds"]["enroll"],
-        "inspect one photo, s": result["seconds"]["inspect"],
-    }
-    return [figures[cells[0]]]
-
-
-def by_consumer(path: Path, cells: list[str], column: str) -> list[float]:
-    row = the(records(path), who=re.escape(cells[0]))
-    if column == "same labels":
-        return [float(row["same_labels"])]
-    return [1e7 * float(row["from_evaluation" if "evaluation" in column else "from_edge"])]
-
-
-def share_that_moved(path: Path, cells: list[str], column: str) -> list[float]:
-    what, shift = re.fullmatch(r"(\w+)(?: by (\d+) %)?", cells[0]).groups()  # type: ignore[union-attr]
-    apart = "composite" in column
-    rows = [
-        row
-        for row in records(path)
-        if (row["what"], float(row["shift"])) == (what, int(shift or 0) / 100)
-        and row["told"] == "True"
-        and (row["product"] == "composite_layup") == apart
-    ]
-    photos, moved = (sum(int(row[name]) for row in rows) for name in ("photos", "moved"))
-    return [photos if column == "how many" else 100 * moved / photos]
-
-
-SHARES = {
-    "false alarms": "false_alarm_rate",
-    "defects found": "recall",
-    "of these shown": "shown",
-    "good photos shown": "good_shown",
-    "pixel F1": "pixel_F1",
-}
-
-
-def thresholds_of_a_ready_head(path: Path, cells: list[str], column: str) -> list[float]:
-    photos, _, target = cells[0].partition(",")
-    row = the(records(path), shots=photos, rule="calibrated", rate=f"{int(number_of(target)) / 100:.4f}")
-    return [100 * float(row[SHARES[column]])]
-
-
-EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
-    "points of ResAD above": points_above,
-    "time over the backbone": time_over_backbone,
-    "false alarms / found / F1": rule_of_threshold,
-    "thresholds of a ready head": thresholds_of_a_ready_head,
-    "one photo over the backbone": cost_over_backbone,
-    "other precisions and batches": cost_over_backbone,
-    "seconds by epoch": training_by_epoch,
-    "by backbone": on_the_edge,
-    "on a new device": on_a_new_device,
-    "megabytes by sizes": memory_by_sizes,
-    "by consumer": by_consumer,
-    "share that moved": share_that_moved,
-}
 
 
 def check(marker: str, table: Table) -> None:

@@ -34,6 +34,7 @@ def enroll(
     false_alarm_rate: Rate = "auto",
     min_area: int | None = None,
     region: str | None = None,
+    tile_scale: float | None = None,
 ) -> None:
     """Teach a bundle a product from good photos, or add some to a product.
 
@@ -58,15 +59,17 @@ def enroll(
             `resad threshold`.
         region: What counts in the photos, if not all of them: a mask file (white counts), or the corners of a polygon
             in pixels of the photos, "x,y x,y x,y"; none for all. It stays when the product is replaced.
+        tile_scale: For large photos, which are looked at in overlapping tiles: photo pixels per pixel of the model,
+            such as 2; 0 for whole photos. It stays when the product is replaced.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area, region)
-    if mode == "add" and chosen != (None, None, None, "auto", "auto", None, None):
+    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area, region, tile_scale)
+    if mode == "add" and chosen != (None, None, None, "auto", "auto", None, None, None):
         msg = (
             f"--mode add keeps the product's settings (given: threshold={threshold}, "
             f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}, "
-            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}, region={region}). Leave them out, or use "
-            "--mode replace with all photos."
+            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}, region={region}, "
+            f"tile_scale={tile_scale}). Leave them out, or use --mode replace with all photos."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
@@ -75,7 +78,7 @@ def enroll(
         else:
             replaces = mode == "replace"
             settings = (threshold, max_patches, replaces, rotations, bit_depth, false_alarm_rate, min_area, region)
-            bank = inferencer.enroll(product, photos, *settings)
+            bank = inferencer.enroll(product, photos, *settings, tile_scale)
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"

@@ -75,6 +75,12 @@ def bake(
     watch = Watch(folder, files[MANIFEST])
     store = BankStore(banks_of(folder, banks), manifest, watch, most_loaded=1)
     bank, rows, _ = store.load(product)
+    if bank.tile_scale is not None:
+        msg = (
+            f"{product!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), which a baked file cannot. Inspect "
+            "it with `resad`, or enroll it for whole photos (--mode replace --tile_scale 0) and bake it then."
+        )
+        raise ValueError(msg)
     model = _join(files, manifest, bank, rows, pixels, color)
     _judge(model, manifest, bank)
     _fold(model)

@@ -19,7 +19,7 @@ from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.thresholds import is_threshold
 
 FORMAT = "resad-bank-2"
-FORMAT_OF_REGION = "resad-bank-3"  # of a bank that has a region, so that versions that know none refuse it
+FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, or of tiles: versions that know none refuse it
 REGION = "region"  # its array
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
@@ -62,6 +62,8 @@ class Bank:
         min_area (int): Fewest pixels of a region that is found, of the photo.
         map_offset (float | None): How much higher these scores are than the top of the photos' maps, on the mean;
             ``None`` of a single photo, and if unknown.
+        tile_scale (float | None): Photo pixels per pixel of the model, of photos that are looked at in tiles; then the
+            rows are a selection; ``None`` for whole photos.
     """
 
     product: str
@@ -76,6 +78,7 @@ class Bank:
     leave_one_out: tuple[float, ...] | None = None
     min_area: int = 0
     map_offset: float | None = None
+    tile_scale: float | None = None
 
     @property
     def region(self) -> np.ndarray | None:
@@ -148,9 +151,10 @@ class Bank:
     def _metadata(self) -> dict[str, str]:
         # What is as it always was is left out, so that equal banks of earlier versions are equal files.
         added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
+        added |= {} if self.tile_scale is None else {"tile_scale": json.dumps(self.tile_scale)}
         added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
         return added | {
-            "format": FORMAT if self.region is None else FORMAT_OF_REGION,
+            "format": FORMAT if self.region is None and self.tile_scale is None else FORMAT_OF_VIEW,
             "product": self.product,
             "encoder": self.encoder,
             "references": json.dumps([[each.name, each.sha256] for each in self.references]),

@@ -10,10 +10,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_REGION, REGION, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_VIEW, REGION, Bank, BankError, checksum_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
+from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import check_bit_depth
 from anomalib_resad.enrollment.photos import Reference
@@ -55,7 +56,7 @@ def _parse(content: bytes, where: str) -> Bank:
     metadata = header.get("__metadata__", {})
     metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
     checksum = metadata.pop("checksum", None)
-    expected = FORMAT_OF_REGION if REGION in arrays else FORMAT
+    expected = FORMAT_OF_VIEW if REGION in arrays or "tile_scale" in metadata else FORMAT
     if metadata.get("format") != expected:
         msg = (
             f"{where} is no bank of this version ({metadata.get('format')} instead of {expected}). "
@@ -79,6 +80,7 @@ def _parse(content: bytes, where: str) -> Bank:
         leave_one_out=None if scores is None else tuple(scores),
         min_area=json.loads(metadata.get("min_area", "0")),
         map_offset=json.loads(metadata.get("map_offset", "null")),
+        tile_scale=json.loads(metadata.get("tile_scale", "null")),
     )
 
 
@@ -102,6 +104,8 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         check_bit_depth(bank.bit_depth)
         check_min_area(bank.min_area)
         _check_region(bank.region)
+        if bank.tile_scale is not None:
+            check_tile_scale(bank.tile_scale)
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error
@@ -113,7 +117,10 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
     for number, level in enumerate(manifest.levels):
         rows = bank.arrays.get(f"rows_{number}")
         expected = len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations)
-        expected = expected if whole else min(expected, bank.max_patches or expected)
+        if bank.tile_scale is not None:
+            expected = len(bank.arrays.get(f"rows_{len(manifest.levels) - 1 if manifest.keyed else number}", ()))
+        elif not whole:
+            expected = min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
             found = None if rows is None else f"{rows.dtype} {rows.shape}"
             msg = f"{where}: level {number} has {found} instead of float32 {(expected, level.channels)}. Enroll again."

@@ -33,7 +33,9 @@ def patches_of(bank: Bank, level: Level) -> int:
 
 
 def is_whole(bank: Bank, manifest: Manifest) -> bool:
-    """Whether a bank holds all rows of each photo; those that 0.1.0 thinned out (``max_patches``) do not."""
+    """Whether a bank holds all rows of each photo; those of tiles, and those that 0.1.0 thinned out, do not."""
+    if bank.tile_scale is not None:
+        return False
     counts = [len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations) for level in manifest.levels]
     return [len(bank.arrays.get(f"rows_{level}", ())) for level in range(len(counts))] == counts
 

@@ -3,7 +3,8 @@
 """The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, BundleError
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.tiles import inspected, resized_to, scaled_size
 from anomalib_resad.deploy.undoing import Undoing
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
@@ -67,13 +69,41 @@ class ResADInferencer(Undoing):
         """
         known = self.loaded(product) if known is None else known
         pixels = read_like(photo, known.bank.bit_depth)
-        return self._judge([self._seen(photo, pixels, known.bank)], known)[0], pixels
+        return self._found([(photo, pixels)], known)[0], pixels
 
     def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
         """Inspect photos of one product together, of any sizes."""
         known = self.loaded(product)
-        encoded = [self._seen(photo, read_like(photo, known.bank.bit_depth), known.bank) for photo in photos]
-        return self._judge(encoded, known) if encoded else []
+        return self._found(((photo, read_like(photo, known.bank.bit_depth)) for photo in photos), known)
+
+    def _found(self, photos: Iterable[tuple[Photo, np.ndarray]], known: Loaded) -> list[Prediction]:
+        bank, rows, position = known
+        if bank.tile_scale is not None:
+            found = [self._in_tiles(photo, pixels, known) for photo, pixels in photos]
+            return [self._told(*each, False, bank) for each in found]
+        encoded = [self._seen(photo, pixels, bank) for photo, pixels in photos]
+        if not encoded:
+            return []
+        features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
+        moved = [position is not None and position.has_moved(each) for each in features[-1]]
+        if bank.region is not None:
+            for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
+                values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
+        scores, maps = self._run(DETECTOR, [*features, *rows])
+        each_one = zip(scores, maps[:, 0], (size for _, size in encoded), moved, strict=True)
+        return [self._told(*each, bank) for each in each_one]
+
+    def _in_tiles(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> tuple[np.float32, np.ndarray, Size]:
+        """Raw score and map of a photo that is looked at in tiles, and its size."""
+        assert known.bank.tile_scale is not None
+        try:
+            size = scaled_size(pixels.shape, known.bank.tile_scale, self.manifest.image_size)
+        except ValueError as error:
+            msg = f"{name_of(photo)}: {error}"
+            raise PhotoError(msg) from error
+        detect = partial(self._detect_tiles, rows=known.rows)
+        score, anomaly_map = inspected(resized_to(pixels, size), self.manifest.image_size, detect)
+        return np.float32(score), anomaly_map, size_of(photo)
 
     def _seen(self, photo: Photo, pixels: np.ndarray, bank: Bank) -> tuple[list[np.ndarray], Size]:
         """Features of what counts in a photo, and its size."""
@@ -84,31 +114,20 @@ class ResADInferencer(Undoing):
             raise PhotoError(msg) from error
         return self.encode(box[None]), size_of(photo)
 
-    def _judge(self, encoded: Sequence[tuple[list[np.ndarray], Size]], known: Loaded) -> list[Prediction]:
-        bank, rows, position = known
-        features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
-        moved = [position is not None and position.has_moved(each) for each in features[-1]]
-        if bank.region is not None:
-            for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
-                values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
-        scores, maps = self._run(DETECTOR, [*features, *rows])
+    def _told(self, raw: np.float32, raw_map: np.ndarray, size: Size, moved: bool, bank: Bank) -> Prediction:
+        """What is told of a photo, given its raw score and map."""
         score_scale, map_scale = scales_of(self.manifest, bank)
         above = self.manifest.label_above if not math.isnan(score_scale[0]) else None
-        normalized, normalized_maps = normalize(scores, *score_scale), normalize(maps[:, 0], *map_scale)
-        if not (np.isfinite(normalized).all() and np.isfinite(normalized_maps).all()):
+        score, anomaly_map = normalize(raw, *score_scale), normalize(raw_map, *map_scale)
+        if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
             msg = f"The model gave scores of NaN or infinity on {self.device}. Export it anew, or use another device."
             raise BundleError(msg)
-        return [
-            Prediction(
-                float(score),
-                None if above is None or has_moved else bool(score > above),
-                anomaly_map if bank.region is None else placed(anomaly_map, bank.region),
-                float(raw),
-                size,
-                bank.min_area,
-                has_moved,
-            )
-            for score, anomaly_map, raw, (_, size), has_moved in zip(
-                normalized, normalized_maps, scores, encoded, moved, strict=True
-            )
-        ]
+        return Prediction(
+            float(score),
+            None if above is None or moved else bool(score > above),
+            anomaly_map if bank.region is None else placed(anomaly_map, bank.region),
+            float(raw),
+            size,
+            bank.min_area,
+            moved,
+        )

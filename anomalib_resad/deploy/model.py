@@ -104,6 +104,12 @@ class Model:
     def _whole_bank(self, name: str) -> Bank:
         bank = self.bank(name)
         if not is_whole(bank, self.manifest):
+            if bank.tile_scale is not None:
+                msg = (
+                    f"{name!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), of which its bank holds a "
+                    "selection for all photos together. Enroll it again from all its photos."
+                )
+                raise ValueError(msg)
             msg = (
                 f"{name!r} was thinned out by an earlier version (max_patches={bank.max_patches}): its rows do not "
                 "tell which photo they are of. Enroll it again from all its photos."
@@ -115,3 +121,8 @@ class Model:
         """Raw score and map of one photo: its features, then the rows of a bank."""
         scores, maps = self._run(DETECTOR, list(features_and_rows))
         return float(scores[0]), maps[0, 0]
+
+    def _detect_tiles(self, tiles: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Raw scores ``(B,)`` and maps ``(B, H, W)`` of tiles, uint8, shape ``(B, H, W, 3)``."""
+        scores, maps = self._run(DETECTOR, [*self.encode(tiles), *rows])
+        return scores, maps[:, 0]

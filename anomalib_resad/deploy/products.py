@@ -3,32 +3,29 @@
 """The products of a bundle: enroll them, change them, and give them thresholds, with OpenVINO alone."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import REGION, Bank, BankError, EnrolledError, bank_file, product_name
-from anomalib_resad.deploy.bank_rows import leave_one_out, rows_of_photos
-from anomalib_resad.deploy.model import Model
+from anomalib_resad.deploy.bank import Bank, BankError, EnrolledError, bank_file, product_name
+from anomalib_resad.deploy.bank_rows import rows_of_photos
+from anomalib_resad.deploy.enrolling import Enrolling, Photos, read_photos
 from anomalib_resad.deploy.regions import check_min_area
+from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
-from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
-from anomalib_resad.enrollment.references import References, read_references, size_of
-from anomalib_resad.enrollment.region import RegionSource, check_fits, cut_out, read_region
-from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
+from anomalib_resad.enrollment.photos import Photo, PhotoError
+from anomalib_resad.enrollment.references import size_of
+from anomalib_resad.enrollment.region import RegionSource, read_region
+from anomalib_resad.enrollment.rotations import Rotations
 
 logger = logging.getLogger(__name__)
-Photos: TypeAlias = str | Path | Iterable[Photo]
 Rate: TypeAlias = float | Literal["auto"] | None
 
 
-class Products(Model):
+class Products(Enrolling):
     """A bundle whose products can be changed.
 
     Arguments, attributes and errors are those of :class:`~anomalib_resad.deploy.inferencer.ResADInferencer`, which also
@@ -47,6 +44,7 @@ class Products(Model):
         false_alarm_rate: Rate = "auto",
         min_area: int | None = None,
         region: RegionSource = None,
+        tile_scale: float | None = None,
     ) -> Bank:
         """Learn a product from good photos.
 
@@ -74,6 +72,9 @@ class Products(Model):
             region (RegionSource): What counts in the photos, as of
                 :func:`~anomalib_resad.enrollment.region.read_region`, kept with the product; ``"none"`` for all of
                 them, ``None`` for what the product had that is replaced, of a new one all.
+            tile_scale (float | None): Photo pixels per pixel of the model, of large photos that are looked at in
+                :mod:`~anomalib_resad.deploy.tiles`; 0 for whole photos, ``None`` for what the product had that is
+                replaced, of a new one whole photos.
 
         Raises:
             ValueError: If the product exists, its name is no file name, or a number or the region is impossible.
@@ -85,38 +86,39 @@ class Products(Model):
         if max_patches is not None and not is_count(max_patches):
             msg = f"max_patches={max_patches!r} must be a whole number of at least 1, or None."
             raise ValueError(msg)
-        if false_alarm_rate not in (None, "auto"):
-            check_rate(false_alarm_rate)
-            if threshold is not None:
-                msg = f"threshold={threshold} and false_alarm_rate={false_alarm_rate} are two thresholds. Give one."
-                raise ValueError(msg)
+        _check_one_threshold(threshold, false_alarm_rate)
         check_bit_depth(bit_depth)
         check_min_area(min_area or 0)
         rotations = self.manifest.rotations if rotations is None else rotations
-        listed, read = _read(photos, bit_depth)
+        listed, read = read_photos(photos, bit_depth)
         if not read:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        kept = self._kept_region(name) if region is None else None
-        given = None if isinstance(region, str) and region == "none" else region
-        mask = kept if given is None else read_region(given, [size_of(each) for each in listed])
-        features, orientations = self._features_of(read, rotations, mask)
-        bank = self._bank_of(name, features, orientations, read.bit_depth, max_patches, mask)
+        kept, kept_scale = self._kept_view(name)
+        mask = kept if region is None else _region_of(region, listed)
+        scale = (kept_scale if tile_scale is None else tile_scale) or None
+        if scale is not None:
+            bank = self._tiled_bank(name, read, rotations, max_patches, _without_region(scale, mask))
+        else:
+            features, orientations = self._features_of(read, rotations, mask)
+            bank = self._bank_of(name, features, orientations, read.bit_depth, max_patches, mask)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
             before = self._earlier(name)
-            if region is None and before is not None:
-                _check_same(name, before.region, mask)
+            if before is not None:
+                _check_same(name, before.region if region is None else mask, mask)
+                _check_same(name, before.tile_scale if tile_scale is None else scale, scale)
             least = (0 if before is None else before.min_area) if min_area is None else min_area
             judged = self._judged(bank, before, threshold, false_alarm_rate).with_min_area(least)
             return self._store.write(judged, "enroll" if before is None else "replace")
 
-    def _kept_region(self, name: str) -> np.ndarray | None:
-        """The region of a product that is replaced, if its bank can be read."""
+    def _kept_view(self, name: str) -> tuple[np.ndarray | None, float | None]:
+        """Region and tile scale of a product that is replaced, if its bank can be read."""
         try:
-            return self.bank(name).region if bank_file(self.banks, name).exists() else None
+            bank = self.bank(name) if bank_file(self.banks, name).exists() else None
         except BankError:  # which is told later
-            return None
+            bank = None
+        return (None, None) if bank is None else (bank.region, bank.tile_scale)
 
     def _judged(self, bank: Bank, before: Bank | None, threshold: float | None, rate: Rate) -> Bank:
         """A new bank with the threshold that was asked for, else that of the bank that it replaces, else the usual."""
@@ -160,7 +162,7 @@ class Products(Model):
         """
         before = self._whole_bank(name)
         name = before.product
-        _, read = _read(photos, before.bit_depth)
+        _, read = read_photos(photos, before.bit_depth)
         added, _ = self._features_of(read, before.rotations, before.region)
         with self._store.changing(name):
             bank = self._whole_bank(name)
@@ -235,66 +237,46 @@ class Products(Model):
                 raise ValueError(msg)
             return self._store.write(bank.with_rate(rate, self.manifest.scatter), "threshold")
 
-    def _features_of(
-        self, read: References, rotations: Rotations, region: np.ndarray | None
-    ) -> tuple[dict[Reference, Rows], int]:
-        """What a bank keeps of each photo, ``(N_l, C_l)`` per level, and in how many orientations."""
-        if region is not None:
-            for reference, size in zip(read, read.sizes, strict=True):
-                try:
-                    check_fits(region, size)
-                except ValueError as error:  # noqa: PERF203  # it does not know the name
-                    msg = f"{reference.name}: {error}"
-                    raise PhotoError(msg) from error
-            read = read.seen(partial(cut_out, region=region))
-        encode = partial(self._encode_rows, region=region)
-        rows, orientations = enrolled_rows(read.values(), encode, self.manifest.keyed, rotations)
-        return dict(zip(read, rows, strict=True)), orientations
 
-    def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
-        """The same product of other photos."""
-        kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region
-        changed = self._bank_of(bank.product, features, *kept)
-        return changed.judged_as(bank, self.manifest.scatter)
-
-    def _bank_of(
-        self,
-        name: str,
-        features: dict[Reference, Rows],
-        rotations: int,
-        bit_depth: int,
-        max_patches: int | None,
-        region: np.ndarray | None,
-    ) -> Bank:
-        references = by_content(features)
-        levels = range(len(self.manifest.levels))
-        most = None if max_patches is None else int(max_patches)  # numbers of numpy's are no JSON
-        arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
-        arrays |= {} if region is None else {REGION: region}
-        return self._with_scores(
-            Bank(name, self.manifest.encoder, references, arrays, None, most, int(rotations), int(bit_depth))
-        )
-
-    def _with_scores(self, bank: Bank) -> Bank:
-        own = leave_one_out(bank, self.manifest, self._detect)
-        if own is None:
-            return replace(bank, leave_one_out=None, map_offset=None)
-        return replace(bank, leave_one_out=own.scores, map_offset=own.map_offset if own.scores else None)
+def _region_of(region: Photo, photos: Iterable[Photo]) -> np.ndarray | None:
+    """The region that was given; ``None`` for all of the photos."""
+    everything = isinstance(region, str) and region == "none"
+    return None if everything else read_region(region, [size_of(each) for each in photos])
 
 
-def _read(photos: Photos, bit_depth: BitDepth) -> tuple[Sequence[Photo], References]:
-    """Photos as they were given, one by one, and what was read of them."""
-    listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
-    return listed, read_references(listed, bit_depth)
-
-
-def _check_same(name: str, now: np.ndarray | None, region: np.ndarray | None) -> None:
-    """Refuse to write features of another region than the product has by now.
+def _check_same(name: str, now: np.ndarray | float | None, used: np.ndarray | float | None) -> None:
+    """Refuse to write features of another region or tile scale than the product has by now.
 
     Raises:
         BankError: If it has another one.
     """
-    same = now is region if now is None or region is None else np.array_equal(now, region)
+    same = now is used if now is None or used is None else np.array_equal(now, used)
     if not same:
-        msg = f"{name!r} was given another region meanwhile. Enroll the photos again."
+        msg = f"{name!r} was given another region or tile scale meanwhile. Enroll the photos again."
         raise BankError(msg)
+
+
+def _check_one_threshold(threshold: float | None, rate: Rate) -> None:
+    """Refuse an impossible rate, and one beside a threshold.
+
+    Raises:
+        ValueError: If it is so.
+    """
+    if rate not in (None, "auto"):
+        check_rate(rate)
+        if threshold is not None:
+            msg = f"threshold={threshold} and false_alarm_rate={rate} are two thresholds. Give one."
+            raise ValueError(msg)
+
+
+def _without_region(scale: float, region: np.ndarray | None) -> float:
+    """A scale of tiles that can be used.
+
+    Raises:
+        ValueError: If it is none, or there is a region, too.
+    """
+    check_tile_scale(scale)
+    if region is not None:
+        msg = f"tile_scale={scale} cannot be combined with a region yet. Crop the photos, or give region='none'."
+        raise ValueError(msg)
+    return scale

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""Banks of photos: what is kept of each, and how each scores against the others."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from anomalib_resad.deploy.bank import REGION, Bank
+from anomalib_resad.deploy.bank_rows import leave_one_out, padded
+from anomalib_resad.deploy.model import Model
+from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
+from anomalib_resad.enrollment.calibration import own_scores
+from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
+from anomalib_resad.enrollment.references import References, read_references
+from anomalib_resad.enrollment.region import check_fits, cut_out
+from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
+
+Photos: TypeAlias = str | Path | Iterable[Photo]
+
+
+class Enrolling(Model):
+    """A bundle that makes banks of photos; arguments as of the classes above it."""
+
+    def _features_of(
+        self, read: References, rotations: Rotations, region: np.ndarray | None
+    ) -> tuple[dict[Reference, Rows], int]:
+        """What a bank keeps of each photo, ``(N_l, C_l)`` per level, and in how many orientations."""
+        if region is not None:
+            for reference, size in zip(read, read.sizes, strict=True):
+                try:
+                    check_fits(region, size)
+                except ValueError as error:  # noqa: PERF203  # it does not know the name
+                    msg = f"{reference.name}: {error}"
+                    raise PhotoError(msg) from error
+            read = read.seen(partial(cut_out, region=region))
+        encode = partial(self._encode_rows, region=region)
+        rows, orientations = enrolled_rows(read.values(), encode, self.manifest.keyed, rotations)
+        return dict(zip(read, rows, strict=True)), orientations
+
+    def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
+        """The same product of other photos."""
+        kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region
+        changed = self._bank_of(bank.product, features, *kept)
+        return changed.judged_as(bank, self.manifest.scatter)
+
+    def _bank_of(
+        self,
+        name: str,
+        features: dict[Reference, Rows],
+        rotations: int,
+        bit_depth: int,
+        max_patches: int | None,
+        region: np.ndarray | None,
+    ) -> Bank:
+        references = by_content(features)
+        levels = range(len(self.manifest.levels))
+        most = None if max_patches is None else int(max_patches)  # numbers of numpy's are no JSON
+        arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
+        arrays |= {} if region is None else {REGION: region}
+        return self._with_scores(
+            Bank(name, self.manifest.encoder, references, arrays, None, most, int(rotations), int(bit_depth))
+        )
+
+    def _with_scores(self, bank: Bank) -> Bank:
+        own = leave_one_out(bank, self.manifest, self._detect)
+        if own is None:
+            return replace(bank, leave_one_out=None, map_offset=None)
+        return replace(bank, leave_one_out=own.scores, map_offset=own.map_offset if own.scores else None)
+
+    def _tiled_bank(
+        self, name: str, read: References, rotations: Rotations, max_patches: int | None, scale: float
+    ) -> Bank:
+        """The bank of photos that are cut into tiles, each with its score against the others."""
+        tile, keyed = self.manifest.image_size, self.manifest.keyed
+        sizes = []
+        for reference, size in zip(read, read.sizes, strict=True):
+            try:
+                sizes.append(scaled_size(size, scale, tile))
+            except ValueError as error:  # noqa: PERF203  # it does not know the name
+                msg = f"{reference.name}: {error}"
+                raise PhotoError(msg) from error
+        if rotations == "auto":
+            _, rotations = enrolled_rows(read.values(), partial(self._encode_rows, region=None), keyed)
+        most = max(1, (MOST_ROWS if max_patches is None else int(max_patches)) // len(read))
+        kept = [
+            rows_of(pixels, size, tile, self.encode, keyed, rotations, most)
+            for pixels, size in zip(read.values(), sizes, strict=True)
+        ]
+
+        def found(index: int, pixels: np.ndarray) -> tuple[float, np.ndarray]:
+            others = [np.concatenate(level) for level in zip(*(kept[:index] + kept[index + 1 :]), strict=True)]
+            rows = [padded(level, self.manifest.row_multiple) for level in others]
+            return inspected(resized_to(pixels, sizes[index]), tile, partial(self._detect_tiles, rows=rows))
+
+        own = own_scores(found(*each) for each in enumerate(read.values() if len(read) > 1 else ()))
+        arrays = {f"rows_{level}": np.concatenate(rows) for level, rows in enumerate(zip(*kept, strict=True))}
+        return Bank(
+            name,
+            self.manifest.encoder,
+            tuple(read),
+            arrays,
+            max_patches=None if max_patches is None else int(max_patches),
+            rotations=int(rotations),
+            bit_depth=int(read.bit_depth),
+            leave_one_out=own.scores,
+            map_offset=own.map_offset if own.scores else None,
+            tile_scale=float(scale),
+        )
+
+
+def read_photos(photos: Photos, bit_depth: BitDepth) -> tuple[Sequence[Photo], References]:
+    """Photos as they were given, one by one, and what was read of them."""
+    listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
+    return listed, read_references(listed, bit_depth)
