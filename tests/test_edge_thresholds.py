@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load, save
 
 from anomalib_resad.deploy import ResADInferencer
@@ -184,3 +185,17 @@ def test_a_limit_of_patches_keeps_all_on_the_disk(inferencer: ResADInferencer, g
     at_once = inferencer.enroll("at once", good[1:3], max_patches=64)
     assert replace(inferencer.bank("tiles"), product="at once").checksum == at_once.checksum
     assert [len(rows) for rows in inferencer.searched("tiles")] == [64, 64, 32]
+
+
+def test_a_photo_that_is_there_twice_changes_nothing_within_a_limit(
+    inferencer: ResADInferencer, good: list[Path], tmp_path: Path
+) -> None:
+    """A file of other bytes with the same pixels: identical files count once anyway."""
+    Image.open(good[0]).save(tmp_path / "again.png", compress_level=0)
+    inferencer.enroll("once", good[:2], max_patches=40, rotations=1)
+    bank = inferencer.enroll("twice", [tmp_path / "again.png", *good[:2]], max_patches=40, rotations=1)
+    assert len(bank.references) == 3
+    for rows, others in zip(inferencer.searched("once"), inferencer.searched("twice"), strict=True):
+        assert len(np.unique(rows, axis=0)) <= 40
+        assert np.array_equal(np.unique(rows, axis=0), np.unique(others, axis=0))
+    assert inferencer.predict(good[3], "once").raw_score == inferencer.predict(good[3], "twice").raw_score

@@ -57,7 +57,7 @@ def searched_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int 
             together, levels that are matched apart each by itself.
     """
     if max_patches is not None:
-        kept = [thin_out(level, max_patches) for level in (rows[-1:] if manifest.keyed else rows)]
+        kept = [_covering(level, max_patches) for level in (rows[-1:] if manifest.keyed else rows)]
     elif manifest.keyed and manifest.searched < 1:
         kept = [searched(rows[-1], photos, manifest.searched)]
     else:
@@ -81,6 +81,12 @@ def on_grid(bank: Bank, level: Level, own: np.ndarray, other: np.ndarray) -> np.
     cells = cells_of(bank, level)
     grid[cells] = own[: cells.sum()]
     return np.ascontiguousarray(grid.transpose(2, 0, 1)[None])
+
+
+def _covering(rows: np.ndarray, most: int) -> np.ndarray:
+    """Which rows cover all; equal ones count once, and their order does not matter, nor a photo that is there twice."""
+    _, first = np.unique(rows, axis=0, return_index=True)
+    return np.sort(first[thin_out(rows[first], most)])
 
 
 def padded(rows: np.ndarray, multiple: int) -> np.ndarray:
