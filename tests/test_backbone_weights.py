@@ -250,7 +250,7 @@ def test_from_the_package_to_the_edge(
     assert restored.model.encoder.backbone.origin == origin
     inferencer = ResADInferencer(export_bundle(engine.best_model_path, tmp_path / "bundle"))
     assert inferencer.manifest.weights == origin
-    inferencer.enroll("tiles", good[:2])
+    inferencer.enroll("tiles", good[:2], false_alarm_rate=None)  # as evaluation, which has none
     evaluation = TorchReference(load_model(engine.best_model_path), good[:2])
     for photo in new:
         theirs, ours = inferencer.predict(photo, "tiles"), evaluation.predict(photo)

@@ -146,7 +146,10 @@ class Products(Enrolling):
 
     def _check_new(self, name: str, replace_existing: bool) -> None:
         if bank_file(self.banks, name).exists() and not replace_existing:
-            msg = f"{name!r} is enrolled already. Use `add` for more photos, or replace it (replace_existing=True)."
+            msg = (
+                f"{name!r} is enrolled already. Add photos to it (`--mode add`), or replace it (`--mode replace`; in "
+                "Python `add`, `replace_existing=True`)."
+            )
             raise EnrolledError(msg)
 
     def add(self, name: str, photos: Photos) -> Bank:
