@@ -155,5 +155,16 @@ def page_s() -> set[str]:
     """Modules of the page, which needs the extra [serve]."""
     return {
         f"anomalib_resad.deploy.{name}"
-        for name in ("api", "bodies", "guard", "metrics", "page", "serve", "service", "turns", "uploads")
+        for name in (
+            "api",
+            "bodies",
+            "descriptions",
+            "guard",
+            "metrics",
+            "page",
+            "serve",
+            "service",
+            "turns",
+            "uploads",
+        )
     }
