@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""More mutations: of what is done with awkward files and numbers, full disks, and servers that many ask at once."""
+"""More mutations: of thresholds, awkward files and numbers, full disks, and servers that many ask at once."""
 
 from tests.mutation_list import Mutation
 
 AWKWARD = [
+    Mutation("enrollment/thresholds.py", "maps are as high as scores", "own - offset", "own", "test_processors"),
     Mutation("plugin.py", "errors of loading processes show frames", "WORKERS.match(str(each))", "None",
              "test_commands"),
     Mutation("enrollment/decoding.py", "the largest value of a PPM does not count",

@@ -120,7 +120,6 @@ MUTATIONS = [
              "test_processors"),
     Mutation("enrollment/thresholds.py", "map's threshold stays", "moved = map_threshold + own - threshold",
              "moved = map_threshold", "test_processors test_edge"),
-    Mutation("enrollment/thresholds.py", "maps are as high as scores", "own - offset", "own", "test_processors"),
     Mutation("enrollment/image_size.py", "width for height", "math.log(height / width)", "math.log(width / height)",
              "test_image_size"),
     Mutation("enrollment/rotations.py", "never rotated", "ROTATED = 0.85", "ROTATED = 0.1", "test_enrollment"),
