@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from threading import Event, Semaphore
 from typing import Any
 
 import openvino
@@ -218,3 +219,16 @@ def new(products: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     large = tmp_path_factory.mktemp("new") / "large.png"
     Image.open(photos[0]).resize((300, 170)).convert("LA").save(large)
     return [*photos, large]
+
+
+def hold_inspections(inferencer: ResADInferencer, monkeypatch: pytest.MonkeyPatch) -> tuple[Semaphore, Event]:
+    """Let each inspection wait: the semaphore counts those that have begun, the event lets them go on."""
+    entered, leave, inspect = Semaphore(0), Event(), inferencer.inspect
+
+    def slow(*given: Any) -> Any:
+        entered.release()
+        assert leave.wait(60)
+        return inspect(*given)
+
+    monkeypatch.setattr(inferencer, "inspect", slow)
+    return entered, leave

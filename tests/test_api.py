@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the extra [api] is not installed")
 pytest.importorskip("prometheus_client", reason="the extra [api] is not installed")
 from fastapi import testclient
+from prometheus_client import generate_latest
 
 from anomalib_resad.deploy import ResADInferencer, turns
 from anomalib_resad.deploy.api import application
+from anomalib_resad.deploy.metrics import Metrics
+from anomalib_resad.deploy.prediction import Prediction
+from tests.conftest import hold_inspections
 
 HOME = "http://127.0.0.1:7860"
 TOKEN = "0123456789abcdef"  # noqa: S105
@@ -195,19 +200,27 @@ def test_state_and_description(client: Any, inferencer: ResADInferencer) -> None
     }
 
 
+def test_a_removed_product_leaves_no_figures() -> None:
+    metrics = Metrics()
+    found = Prediction(0.4, False, np.zeros((2, 2), dtype=np.float32), 1.0)
+    for each in (found, replace(found, label=True), replace(found, label=None, moved=True)):
+        metrics.count("cable", each)
+    assert len([line for line in figures_of(metrics) if 'product="cable"' in line]) >= 4
+    metrics.forget("cable")
+    metrics.forget("never inspected")
+    assert not [line for line in figures_of(metrics) if "product=" in line]
+
+
+def figures_of(metrics: Metrics) -> list[str]:
+    return generate_latest(metrics.registry).decode().splitlines()
+
+
 def test_a_full_queue_says_so(inferencer: ResADInferencer, good: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """One uses the model, one waits, the next is told to come again; health answers all the while."""
     monkeypatch.setattr(turns, "RUNNING", 1)
     monkeypatch.setattr(turns, "WAITING", 1)
     inferencer.enroll("tiles", good[:1], rotations=1)
-    entered, leave, inspect = threading.Semaphore(0), threading.Event(), inferencer.inspect
-
-    def slow(*given: Any) -> Any:
-        entered.release()
-        assert leave.wait(60)
-        return inspect(*given)
-
-    monkeypatch.setattr(inferencer, "inspect", slow)
+    entered, leave = hold_inspections(inferencer, monkeypatch)
     statuses: list[int] = []
     with testclient.TestClient(application(inferencer), base_url=HOME) as client:
 

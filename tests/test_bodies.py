@@ -5,7 +5,6 @@
 import base64
 import io
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.api import application
 from anomalib_resad.enrollment import decoding
 from anomalib_resad.enrollment.photos import read_pixels
+from tests.conftest import hold_inspections
 
 HOME = "http://127.0.0.1:7860"
 INSPECT = "/v1/products/tiles/inspect"
@@ -199,14 +199,7 @@ def test_bodies_have_a_limit_together(
 ) -> None:
     """They are in memory while their requests wait for the model; what needs no body is answered meanwhile."""
     inferencer.enroll("tiles", good[:1], rotations=1)
-    entered, leave, inspect = threading.Semaphore(0), threading.Event(), inferencer.inspect
-
-    def slow(*given: Any) -> Any:
-        entered.release()
-        assert leave.wait(60)
-        return inspect(*given)
-
-    monkeypatch.setattr(inferencer, "inspect", slow)
+    entered, leave = hold_inspections(inferencer, monkeypatch)
     files = [("photos", ("a.png", good[0].read_bytes().ljust(900_000)))] * 2  # 1.8 MB, of 2 times 2 MB
 
     def ask(**body: Any) -> Any:

@@ -48,7 +48,7 @@ class Metrics:
 
     def forget(self, product: str) -> None:
         """Drop the figures of a product that was removed."""
-        for each in (self.alarms, self.scores, self.good):
+        for each in (self.alarms, self.moved, self.scores, self.good):
             with suppress(KeyError):  # none of its photos was inspected
                 each.remove(product)
 
