@@ -14,8 +14,8 @@ from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, BundleError
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.products import Products
 from anomalib_resad.deploy.tiles import inspected, resized_to, scaled_size
-from anomalib_resad.deploy.undoing import Undoing
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
 from anomalib_resad.enrollment.references import size_of
@@ -23,7 +23,7 @@ from anomalib_resad.enrollment.region import cut_out
 from anomalib_resad.enrollment.thresholds import normalize
 
 
-class ResADInferencer(Undoing):
+class ResADInferencer(Products):
     """One exported model for all products; the device itself learns a new one from a few good photos.
 
     Safe to use from several threads, which wait for each other. Everything is computed in float32, whatever precision

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank import Bank, product_name
 from anomalib_resad.deploy.bank_rows import is_whole
 from anomalib_resad.deploy.bank_store import BankStore, Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
+from anomalib_resad.deploy.history import Step
 from anomalib_resad.deploy.runtime import Runtime
 from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.region import cells_inside, filled
@@ -100,6 +101,26 @@ class Model:
     def fingerprint(self, name: str) -> str:
         """SHA-256 of all that makes the results of a photo of a product: the bundle and the bank."""
         return hashlib.sha256(f"{self.manifest} {self.bank(name).checksum}".encode()).hexdigest()
+
+    def history(self, name: str) -> list[Step]:
+        """The last changes of a product, the oldest first; also of one that was removed.
+
+        Raises:
+            ValueError: If there never was such a product.
+        """
+        return self._store.steps(product_name(name))
+
+    def undo(self, name: str, step: int | None = None) -> Step:
+        """Make a product what it was before a step, the last one by default. This is a step, too, and can be undone.
+
+        Raises:
+            ValueError: If there is no such step, or the product is already what it was then.
+            BankError: If what was kept cannot be used, for example as it is of another model.
+        """
+        name = product_name(name)
+        self._store.steps(name)  # a name that nobody knows leaves no lock
+        with self._store.changing(name):
+            return self._store.undo(name, step)
 
     def _whole_bank(self, name: str) -> Bank:
         bank = self.bank(name)
