@@ -3,7 +3,7 @@
 """`resad enroll` and `resad products`: what a bundle knows."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -63,31 +63,34 @@ def enroll(
             such as 2; 0 for whole photos. It stays when the product is replaced.
     """
     inferencer = ResADInferencer(bundle, banks=banks)
-    chosen = (threshold, max_patches, rotations, bit_depth, false_alarm_rate, min_area, region, tile_scale)
-    if mode == "add" and chosen != (None, None, None, "auto", "auto", None, None, None):
-        msg = (
-            f"--mode add keeps the product's settings (given: threshold={threshold}, "
-            f"max_patches={max_patches}, rotations={rotations}, bit_depth={bit_depth}, "
-            f"false_alarm_rate={false_alarm_rate}, min_area={min_area}, region={region}, "
-            f"tile_scale={tile_scale}). Leave them out, or use --mode replace with all photos."
-        )
+    settings: dict[str, Any] = {
+        "threshold": threshold,
+        "max_patches": max_patches,
+        "rotations": rotations,
+        "bit_depth": bit_depth,
+        "false_alarm_rate": false_alarm_rate,
+        "min_area": min_area,
+        "region": region,
+        "tile_scale": tile_scale,
+    }
+    usual = {"bit_depth": "auto", "false_alarm_rate": "auto"}
+    given = ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual.get(name))
+    if mode == "add" and given:
+        msg = f"--mode add keeps the product's settings (given: {given}). Leave them out, or use --mode replace."
         raise ValueError(msg)
     with Console(stderr=True).status("Enrolling"):
         if mode == "add":
             bank = inferencer.add(product, photos)
         else:
-            replaces = mode == "replace"
-            settings = (threshold, max_patches, replaces, rotations, bit_depth, false_alarm_rate, min_area, region)
-            bank = inferencer.enroll(product, photos, *settings, tile_scale)
+            bank = inferencer.enroll(product, photos, replace_existing=mode == "replace", **settings)
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
     count = f"{len(bank.references)} photos{orientations}"
     say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
     say(f"{product}: {threshold_of(inferencer.manifest, bank)}.")
     if bank.region is not None:
-        share = bank.region.mean()
-        checked = inferencer.has_position(product)
-        say(f"{product}: {share:.0%} of each photo counts. {POSITION if checked else NO_POSITION}")
+        told = POSITION if inferencer.has_position(product) else NO_POSITION
+        say(f"{product}: {bank.region.mean():.0%} of each photo counts. {told}")
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:

@@ -131,8 +131,17 @@ class Api:
         turned: Any = {None: None, "1": 1, "8": ORIENTATIONS, "auto": "auto"}[options.rotations]
         rate = None if options.false_alarm_rate == "none" else options.false_alarm_rate
         with self.turns.turn(), on_disk(photos, self.folder) as files:
-            given = (options.threshold, None, options.replace, turned, options.bit_depth, rate, options.min_area)
-            bank = self.inferencer.enroll(name, files, *given, polygon(options.region))
+            bank = self.inferencer.enroll(
+                name,
+                files,
+                options.threshold,
+                replace_existing=options.replace,
+                rotations=turned,
+                bit_depth=options.bit_depth,
+                false_alarm_rate=rate,
+                min_area=options.min_area,
+                region=polygon(options.region),
+            )
         return self._about(bank)
 
     def add(self, name: str, sent: Photos) -> dict[str, Any]:
