@@ -24,7 +24,8 @@ from anomalib_resad.post_processor import RankKeepingPostProcessor
 from anomalib_resad.pre_processor import ExactPreProcessor
 from anomalib_resad.reference_rows import leave_one_out, product_size, reference_rows
 from anomalib_resad.torch_model import ResADModel
-from anomalib_resad.training.source_references import DEFAULT_SHOTS, validates_on_source
+from anomalib_resad.training.reference_pools import validates_on_source
+from anomalib_resad.training.source_references import DEFAULT_SHOTS
 
 
 def store(

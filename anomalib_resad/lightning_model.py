@@ -46,8 +46,9 @@ from anomalib_resad.ready_heads import READY, ReadyHead, Untrained, take_ready_h
 from anomalib_resad.torch_model import BUILD_ARGUMENTS, ResADModel, build, fit_to_backbone
 from anomalib_resad.training.epoch_seeds import EpochSeeds
 from anomalib_resad.training.optimizer import adam_with_milestones, epochs_of, take_steps
+from anomalib_resad.training.reference_pools import validates_on_source
 from anomalib_resad.training.source_photos import SourceBatch
-from anomalib_resad.training.source_references import SourceReferences, validates_on_source
+from anomalib_resad.training.source_references import SourceReferences
 
 
 class ResAD(AnomalibModule):
@@ -236,9 +237,8 @@ class ResAD(AnomalibModule):
         if self.is_trainable:
             self.lr_schedulers().step()  # type: ignore[union-attr]
 
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:  # noqa: ANN401
+    def validation_step(self, batch: ImageBatch, *_: Any, **__: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
-        del args, kwargs
         assert batch.image is not None
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not validates_on_source(datamodule):

@@ -2,6 +2,8 @@
 
 """Which good photos may be references of a training image."""
 
+from typing import Any
+
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import LabelName
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,6 +14,12 @@ from anomalib_resad.enrollment.photos import read_header
 from anomalib_resad.reference_rows import product_size
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.source_photos import category_of
+
+
+def validates_on_source(datamodule: Any) -> bool:  # noqa: ANN401
+    """Whether the validation images of a datamodule are source images, which need references of their category."""
+    held_out = getattr(datamodule, "val_data", None)
+    return held_out is not None and "category" in held_out.samples
 
 
 class ReferencePools:

@@ -30,7 +30,7 @@ from anomalib_resad.pre_processor import with_size
 from anomalib_resad.reference_rows import encode_photo, pre_process, read_photo, reference_rows
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.feature_cache import FeatureCache, Picture
-from anomalib_resad.training.reference_pools import ReferencePools
+from anomalib_resad.training.reference_pools import ReferencePools, validates_on_source
 from anomalib_resad.training.source_photos import SourceBatch, SourcePhoto, SourcePhotos, augments
 from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_share, is_painted, paint_photo
 
@@ -38,12 +38,6 @@ from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_
 KEY_PHOTOS = 64
 ENCODED = 8  # source photos that are encoded together, which is faster than one by one
 DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
-
-
-def validates_on_source(datamodule: Any) -> bool:  # noqa: ANN401
-    """Whether the validation images of a datamodule are source images, which need references of their category."""
-    held_out = getattr(datamodule, "val_data", None)
-    return held_out is not None and "category" in held_out.samples
 
 
 class SourceReferences:
@@ -120,11 +114,11 @@ class SourceReferences:
         self._share = self.synthetic if has_real else max(self.synthetic, SHARE_WITHOUT_REAL)
         if not has_real:
             rank_zero_info("The training data holds no real defects: synthetic ones stand in.")
+        hidden = not trainer.is_global_zero
         if self.cache.max_bytes and not augments(self._photos.dataset):
-            self._fill(trainer.is_global_zero, getattr(datamodule, "num_workers", 0))
+            self._fill(hidden, getattr(datamodule, "num_workers", 0))
         shown = [path for data in (self._photos, *held_out) for path in data.samples.image_path]
         unread = [path for path in shown if path not in self._photos.kept]
-        hidden = not trainer.is_global_zero
         paths = track(unread, "Checking source photos", console=Console(stderr=True), transient=True, disable=hidden)
         check_photos(paths, "source images", decode=True, bit_depth=self.bit_depth)
         self._learn_keys()
@@ -139,24 +133,28 @@ class SourceReferences:
         assert self._pools is not None
         return self._sizes.get(self._pools.category_of[path])
 
-    def _fill(self, visible: bool, num_workers: int) -> None:
+    def _fill(self, hidden: bool, num_workers: int) -> None:
         """Read each photo once and keep its features, and those of its painted version, as far as there is room."""
         self.cache.clear()
         photos = DataLoader(self._photos, batch_size=ENCODED, num_workers=num_workers, collate_fn=list)
-        shown: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not visible}
-        all(self._keep(batch) for batch in track(photos, "Encoding source photos", **shown))  # until there is no room
+        for batch in track(
+            photos, "Encoding source photos", console=Console(stderr=True), transient=True, disable=hidden
+        ):
+            if not self._keep(batch):
+                break
         rank_zero_info(f"Features of {self.cache} are kept.")
 
     def _keep(self, photos: Sequence[SourcePhoto]) -> bool:
         """Keep the features of some photos and of their painted versions; whether there was room for all."""
         good = [photo for photo in photos if self._share and photo.label == LabelName.NORMAL]
         versions = [*((photo, False) for photo in photos), *((photo, True) for photo in good)]
-        pictures = self._encode([self._prepared(photo, painted) for photo, painted in versions])
-        of = [(photo.path, picture, painted) for (photo, painted), picture in zip(versions, pictures, strict=True)]
+        pictures = self._encode([self._prepared(*each) for each in versions])
+        for (photo, painted), picture in zip(versions, pictures, strict=True):
+            if not self.cache.put(photo.path, picture, painted):
+                return False
         assert self._photos.kept is not None
-        if fits := all(self.cache.put(*each) for each in of):
-            self._photos.kept.update(photo.path for photo in photos)
-        return fits
+        self._photos.kept.update(photo.path for photo in photos)
+        return True
 
     def _learn_keys(self) -> None:
         """Learn the directions of the keys from good photos, unless that was done before."""
