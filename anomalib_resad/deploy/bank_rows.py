@@ -112,6 +112,8 @@ def leave_one_out(
     photos, most = len(bank.references), bank.max_patches
     if not is_whole(bank, manifest):
         return None
+    if photos < 2:
+        return own_scores([])
     rows = levels_of(bank, manifest)
     own = [np.split(level, photos) for level in rows]
     # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
@@ -128,4 +130,4 @@ def leave_one_out(
         ]
         return detect([*features, *rest])
 
-    return own_scores(map(found, range(photos if photos > 1 else 0)))
+    return own_scores(map(found, range(photos)))

@@ -39,10 +39,8 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, stretch: bool = False) 
     value = np.clip(resized(anomaly_map, pixels.shape[:2]), 0, 1)[:, :, None]
     strength = 0.7 * np.clip((value - CLEAR) / (0.5 - CLEAR), 0, 1)
     picture = pixels * (1 - strength)
-    for channel, color in enumerate(
-        (1.0, np.clip((value[..., 0] - 0.5) / (YELLOW - 0.5), 0, 1))
-    ):  # red, and with green yellow
-        picture[..., channel] += color * 255 * strength[..., 0]
+    green = np.clip((value - 0.5) / (YELLOW - 0.5), 0, 1)  # with red it is yellow
+    picture += 255 * strength * np.concatenate([np.ones_like(green), green, np.zeros_like(green)], axis=2)
     return Image.fromarray(picture.astype(np.uint8))
 
 
