@@ -57,9 +57,9 @@ def test_photos_that_are_enrolled_lie_in_the_servers_folder(
     folder = tmp_path / "of the server"
     folder.mkdir()
 
-    def enrolling(name: str, photos: list[Path], *given: Any) -> Any:
+    def enrolling(name: str, photos: list[Path], *given: Any, **settings: Any) -> Any:
         seen.extend(photos)
-        return enroll(name, photos, *given)
+        return enroll(name, photos, *given, **settings)
 
     monkeypatch.setattr(inferencer, "enroll", enrolling)
     with testclient.TestClient(application(inferencer, folder=folder), base_url="http://127.0.0.1") as client:
