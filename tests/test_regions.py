@@ -145,6 +145,7 @@ def test_a_prediction_knows_its_photo() -> None:
     assert found.regions == find_regions(found.map, (60, 120))
     assert replace(found, min_area=60 * 120).regions == ()
     assert replace(found, label=None).regions is None, "without a threshold nothing is above it"
+    assert replace(found, label=False).regions == (), "a photo that counts as good has none"
     (region,) = found.regions
     for scale in (1, 2):  # also in a smaller picture
         picture = np.asarray(found.picture(np.zeros((60 // scale, 120 // scale, 3), np.uint8)))

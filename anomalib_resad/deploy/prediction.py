@@ -62,11 +62,14 @@ class Prediction:
 
     @cached_property
     def regions(self) -> tuple[Region, ...] | None:
-        """Where the map lies above its threshold, the highest peak first; ``None`` where there is no label.
+        """Where an anomalous photo's map lies above its threshold, the highest peak first; ``None`` without a label.
 
-        For other limits see :func:`~anomalib_resad.deploy.regions.find_regions`.
+        A photo that counts as good has none: nothing was found in it, whatever single pixels are. For other limits,
+        and for good photos, see :func:`~anomalib_resad.deploy.regions.find_regions`.
         """
-        return None if self.label is None else find_regions(self.map, self.size, self.min_area)
+        if self.label is None:
+            return None
+        return find_regions(self.map, self.size, self.min_area) if self.label else ()
 
     def where(self) -> dict[str, Any]:
         """Size of the photo and its regions, for JSON."""
