@@ -120,11 +120,20 @@ def on_a_new_device(path: Path, cells: list[str], _: str) -> list[float]:
         "the wheel, MB": result["wheel_mb"],
         "all that is installed, MB": result["packages_mb"],
         "OpenVINO in it, MB": sizes["openvino"],
+        "OpenCV in it, MB": sizes["opencv-python-headless"],
         "install, s": result["seconds"]["install"],
         "enroll, s": result["seconds"]["enroll"],
         "inspect one photo, s": result["seconds"]["inspect"],
     }
     return [figures[cells[0]]]
+
+
+def seconds_of_paths(path: Path, cells: list[str], _: str) -> list[float]:
+    """Of a command of the README, by its beginning, or of all commands of a path."""
+    result: dict[str, Any] = json.loads(path.read_text())
+    began = cells[0].strip("`")
+    of_commands = [each["seconds"] for each in result["steps"] if each["command"].startswith(began)]
+    return [result["seconds"][cells[0]]] if cells[0] in result["seconds"] else of_commands[-1:]
 
 
 def by_consumer(path: Path, cells: list[str], column: str) -> list[float]:
@@ -187,6 +196,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "seconds by epoch": training_by_epoch,
     "by backbone": on_the_edge,
     "on a new device": on_a_new_device,
+    "seconds of paths": seconds_of_paths,
     "megabytes by sizes": memory_by_sizes,
     "by consumer": by_consumer,
     "share that moved": share_that_moved,

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from anomalib_resad.method.presets import OF_DISTANCE, PRESETS, SETTINGS
+from benchmarks import readme_paths
 from tests.test_figures import tables_in
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,3 +112,16 @@ def test_citation() -> None:
     assert f'license = "{citation["license"]}"' in (ROOT / "pyproject.toml").read_text()
     identifiers = [each["value"] for reference in citation["references"] for each in reference["identifiers"]]
     assert identifiers == ["arXiv:2410.20047", "arXiv:2509.23741"]
+
+
+def test_the_walk_of_the_readme_knows_its_commands() -> None:
+    """`benchmarks.readme_paths` needs minutes and an index: here, that it finds what the README says."""
+    walk = Path(readme_paths.__file__).read_text()
+    asked = re.findall(r'command_of\("([^"]+)"(?:, (\d))?\)', walk)
+    found = [readme_paths.command_of(start, int(number or 0)) for start, number in asked]
+    assert len(found) == 8
+    assert [command.split()[0] for command in found].count("anomalib") == 3
+    assert not [command for command in found if "#" in command]
+    assert "ResAD(" in readme_paths.python_block()
+    with pytest.raises(IndexError):
+        readme_paths.command_of("resad fly")
