@@ -119,7 +119,7 @@ def test_the_walk_of_the_readme_knows_its_commands() -> None:
     walk = Path(readme_paths.__file__).read_text()
     asked = re.findall(r'command_of\("([^"]+)"(?:, (\d))?\)', walk)
     found = [readme_paths.command_of(start, int(number or 0)) for start, number in asked]
-    assert len(found) == 8
+    assert len(found) == 9
     assert [command.split()[0] for command in found].count("anomalib") == 3
     assert not [command for command in found if "#" in command]
     assert "ResAD(" in readme_paths.python_block()
