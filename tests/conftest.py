@@ -232,3 +232,10 @@ def hold_inspections(inferencer: ResADInferencer, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(inferencer, "inspect", slow)
     return entered, leave
+
+
+@pytest.fixture
+def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the page keeps what is uploaded."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    return tmp_path / "uploads"
