@@ -17,6 +17,7 @@ from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
 from anomalib_resad.deploy.pictures import shrunk
 from anomalib_resad.deploy.prediction import Prediction, scales_of, threshold_of
+from anomalib_resad.deploy.regions import find_regions
 from anomalib_resad.deploy.uploads import Uploads
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.region import polygon
@@ -55,8 +56,9 @@ class Inspection:
 
 
 def _places(found: Prediction) -> str:
-    """Where the map lies above its threshold, the loudest places first."""
-    regions = found.regions or ()
+    """Where the map lies above its threshold, the loudest places first; of a good photo too, as the slider may move."""
+    known = found.label is not None
+    regions = find_regions(found.map, found.size, found.min_area) if known else ()
     lines = [
         f"\n- {each.width} x {each.height} pixels at {each.x}, {each.y}: area {each.area:,}, peak {each.peak:.2f}"
         for each in regions[:PLACES]
@@ -127,7 +129,7 @@ class Page:
     ) -> tuple[Any, ...]:
         """Enroll a product, or add photos to it, in as many orientations, and of the depth, as those that are there."""
         name = str(name or "").strip()
-        with self._shown():
+        with self.errors_shown():
             if not files:
                 msg = "Drop some good photos first; 2 to 8 are usual."
                 raise ValueError(msg)
@@ -136,6 +138,11 @@ class Page:
                 raise ValueError(msg)
             name = product_name(name)
             known = name in self.inferencer.products
+            if known and polygon(region):
+                msg = (
+                    f"What counts of {name!r} is known; photos are added with it. Take the corners away, or remove it."
+                )
+                raise ValueError(msg)
             if known:
                 bank = self.inferencer.add(name, list(files))
             else:
@@ -148,11 +155,11 @@ class Page:
             done += f" Each photo is known in {bank.rotations} orientations."
         chosen = gr.Dropdown(choices=self.inferencer.products, value=name)
         done += f" It takes {bank.size / 1e6:.1f} MB. It has {threshold_of(self.inferencer.manifest, bank)}."
-        return done, self.products(), chosen, None
+        return done, self.products(), chosen, None, ""
 
     def remove(self, name: str) -> tuple[Any, ...]:
         """Remove a product."""
-        with self._shown():
+        with self.errors_shown():
             self.inferencer.remove(str(name or "").strip())
         return f"**{name}** was removed.", self.products(), self.choices()
 
@@ -162,7 +169,7 @@ class Page:
         self, photo: str | None, product: str | None, threshold: float, last: Inspection | None = None
     ) -> tuple[Any, ...]:
         """Inspect a photo; the files of the session's last inspection go."""
-        with self._shown():
+        with self.errors_shown():
             if not photo or not product:
                 msg = "Drop a photo and choose a product first; enroll one if there is none."
                 raise ValueError(msg)
@@ -187,8 +194,9 @@ class Page:
             return CHANGED
         if last.moved:
             return f"## moved\n{product}: {MOVED}"
-        word = "anomalous" if last.score > threshold else "good"
-        return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}{last.places}"
+        anomalous = last.score > threshold
+        word, places = ("anomalous", last.places) if anomalous else ("good", "")
+        return f"## {word}\n{product}: score **{last.score:.3f}**, threshold {threshold:.3f}{places}"
 
     def clear(self, last: Inspection | None) -> tuple[Any, ...]:
         """Nothing is inspected: no map, no score, the threshold where it is, and no verdict."""
@@ -208,7 +216,7 @@ class Page:
 
     def keep_threshold(self, product: str | None, threshold: float, last: Inspection | None = None) -> tuple[Any, ...]:
         """Make the slider's value the product's own threshold, 0.5 from then on, and inspect the photo anew."""
-        with self._shown():
+        with self.errors_shown():
             name = _chosen(product)
             scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(name))
             self.inferencer.set_threshold(name, denormalize(float(threshold), *(float(each) for each in scale)))
@@ -216,7 +224,7 @@ class Page:
 
     def calibrate(self, product: str | None, percent: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
         """Give the product the threshold for a false-alarm rate, or without one the model's, and inspect anew."""
-        with self._shown():
+        with self.errors_shown():
             name = _chosen(product)
             if percent is None:
                 bank = self.inferencer.set_threshold(name, None)
@@ -226,7 +234,7 @@ class Page:
 
     def leave_out(self, product: str | None, min_area: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
         """Leave out regions of fewer pixels of the photo, and inspect anew."""
-        with self._shown():
+        with self.errors_shown():
             name = _chosen(product)
             bank = self.inferencer.set_min_area(name, int(min_area or 0))
             return self._judged_anew(name, f"Regions of **{name}** under {bank.min_area:,} pixels are left out.", last)
@@ -281,7 +289,7 @@ class Page:
         return path
 
     @contextmanager
-    def _shown(self) -> Iterator[None]:
+    def errors_shown(self) -> Iterator[None]:
         """Show an error's text on the page, without the server's folders."""
         try:
             yield

@@ -18,6 +18,7 @@ from gradio.blocks import Block
 from gradio.utils import get_upload_folder
 
 from anomalib_resad.deploy import api
+from anomalib_resad.deploy.drawing import Drawing
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
 from anomalib_resad.deploy.uploads import Uploads
@@ -46,7 +47,7 @@ def build(page: Page) -> gr.Blocks:
         with gr.Tab("Inspect") as inspecting, gr.Row():
             product, photo, inspect, picture, verdict, threshold, keep, *settings = _inspect_tab(page)
         with gr.Tab("Products") as managing, gr.Row():
-            name, *of_photos, enroll, remove, message, table = _products_tab(page)
+            name, *of_photos, corners, restart, enroll, remove, message, table = _products_tab(page)
         # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
         raw: dict[str, Any] = {"preprocess": False}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
@@ -78,6 +79,7 @@ def build(page: Page) -> gr.Blocks:
                 api_name=action.__name__,
                 **raw,
             )
+        _drawing(page, of_photos, corners, restart, message, quiet)
         for each in _enrolling(page, name, of_photos, enroll, remove, [message, table, product], raw):
             each.success(page.clear, found, shown, **quiet)
     return blocks
@@ -94,12 +96,30 @@ def _enrolling(
 ) -> list[Any]:
     """Connect the buttons that change which products there are."""
     refused = [REFUSED, gr.skip(), gr.skip()]
-    enrolling = page.in_place(page.enroll, [*refused, gr.skip()])
+    enrolling = page.in_place(page.enroll, [*refused, gr.skip(), gr.skip()])
     removing = page.in_place(page.remove, refused)
     return [
-        enroll.click(enrolling, [name, *of_photos], [*told, of_photos[0]], api_name="enroll", **raw),
+        enroll.click(enrolling, [name, *of_photos], [*told, of_photos[0], of_photos[-1]], api_name="enroll", **raw),
         remove.click(removing, name, told, api_name="remove", **raw),
     ]
+
+
+def _drawing(
+    page: Page, of_photos: list[Any], corners: gr.Image, restart: gr.Button, message: gr.Markdown, quiet: dict[str, Any]
+) -> None:
+    """Connect the picture on which a region is drawn."""
+    drawing = Drawing(page)
+    files, _, bit_depth, region = of_photos
+    given, told = [files, bit_depth, region, corners], [region, corners, message]
+    refused = [gr.skip(), gr.skip(), REFUSED]
+    click = page.in_place(drawing.click, refused)
+
+    def clicked(photos: Any, bits: Any, text: Any, shown: Any, event: gr.SelectData) -> tuple[Any, ...]:  # noqa: ANN401
+        return click(photos, bits, text, shown, list(event.index))  # Gradio gives an event by its type alone
+
+    gr.on([files.change, region.input], page.in_place(drawing.show, refused[1:]), given, told[1:], **quiet)
+    corners.select(clicked, given, told, **quiet)
+    restart.click(page.in_place(drawing.restart, refused), [files, bit_depth, corners], told, **quiet)
 
 
 def _inspect_tab(page: Page) -> tuple[Any, ...]:
@@ -145,11 +165,17 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
             elem_id="rotations",
         )
         bit_depth = gr.Dropdown(DEPTHS, value="auto", label="Bits of a channel, if more than 8", elem_id="bit_depth")
-        region = gr.Textbox(
-            label="What counts, if not the whole photo: corners in its pixels",
-            placeholder="x,y x,y x,y",
-            elem_id="region",
-        )
+        with gr.Accordion("What counts, if not the whole photo", open=False, elem_id="counts"):
+            corners = gr.Image(
+                label="Click the corners of what counts",
+                type="filepath",
+                interactive=False,
+                height=360,
+                elem_id="corners",
+                buttons=[],
+            )
+            region = gr.Textbox(label="Corners, in pixels of the photo", placeholder="x,y x,y x,y", elem_id="region")
+            restart = gr.Button("No corners: the whole photo counts", elem_id="restart")
         enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
         remove = gr.Button("Remove this product", variant="stop")
         message = gr.Markdown(elem_id="message")
@@ -160,7 +186,7 @@ def _products_tab(page: Page) -> tuple[Any, ...]:
         label="Enrolled",
         elem_id="table",
     )
-    return name, files, rotations, bit_depth, region, enroll, remove, message, table
+    return name, files, rotations, bit_depth, region, corners, restart, enroll, remove, message, table
 
 
 def _move_uploads_alone(block: Block, path: str | Path | None) -> Coroutine[Any, Any, str | None]:
