@@ -159,6 +159,7 @@ def page_s() -> set[str]:
             "api",
             "bodies",
             "descriptions",
+            "drawing",
             "guard",
             "metrics",
             "page",
