@@ -2,8 +2,7 @@
 
 """ResAD (NeurIPS 2024, arXiv 2410.20047) and ResAD++ (IJCV 2026, arXiv 2509.23741) as an anomalib model.
 
-Without ``checkpoint`` it trains on the source categories of :class:`~anomalib_resad.CrossCategory`, or on one category
-with synthetic defects. With one there is nothing to train: `fit` and `train` enroll a new category, in seconds.
+Without ``checkpoint`` it trains on :class:`~anomalib_resad.CrossCategory` or one category; with one it only enrolls.
 """
 
 from collections.abc import Sequence
@@ -91,6 +90,7 @@ class ResAD(AnomalibModule):
         weight_decay (float | None): Adam's weight decay; 5e-4.
         sigma (float): Gaussian smoothing of the anomaly map in pixels.
         cache_gb (float): Most memory for features of training images, in GB; 0 computes them anew in each epoch.
+        cache_dir (Path | str | None): Folder of features of training images that trainings share; by default none.
         image_size (ImageSize): Height and width that photos are resized to, or ``"auto"`` to keep a product's shape.
         pre_processor (PreProcessor | bool): As in all models of anomalib, like the three that follow.
 
@@ -138,6 +138,7 @@ class ResAD(AnomalibModule):
         weight_decay: float | None = None,
         sigma: float = 4.0,
         cache_gb: float = 4.0,
+        cache_dir: Path | str | None = None,
         image_size: ImageSize = DEFAULT,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -164,7 +165,8 @@ class ResAD(AnomalibModule):
         self.automatic_optimization = not self.is_trainable
         if isinstance(self.post_processor, RankKeepingPostProcessor):
             self.post_processor.keep_statistics = not self.is_trainable
-        self.source = SourceReferences(k_shot, reference_seed, cache_gb, self.hparams["synthetic"], bit_depth)
+        drawn = k_shot, reference_seed, cache_gb, self.hparams["synthetic"], bit_depth, cache_dir
+        self.source = SourceReferences(*drawn)
         self.keeps_bank = False  # whether the bank came from a checkpoint that is being restored (``--ckpt_path``)
 
     @staticmethod
@@ -225,9 +227,8 @@ class ResAD(AnomalibModule):
         if not self.is_trainable:
             return torch.zeros((), device=self.device, requires_grad=True)
         photos, references, masks = self.source.prepare(batch, self.current_epoch)
-        done = self.current_epoch + batch_idx / self.trainer.num_training_batches
-        steps = self.model.losses(photos, references, masks, done / epochs_of(self.trainer.max_epochs))
-        logged = take_steps(steps, self.optimizers(), self.manual_backward)
+        done = (self.current_epoch + batch_idx / self.trainer.num_training_batches) / epochs_of(self.trainer.max_epochs)
+        logged = take_steps(self.model.losses(photos, references, masks, done), self.optimizers(), self.manual_backward)
         average_batch_norms(self.model.estimator.modules())
         self.log_dict(logged, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(references))
         return None
@@ -239,18 +240,17 @@ class ResAD(AnomalibModule):
 
     def validation_step(self, batch: ImageBatch, *_: Any, **__: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
-        assert batch.image is not None
+        image = torch.as_tensor(batch.image)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not validates_on_source(datamodule):
-            return batch.update(**self.model(batch.image)._asdict())
+            return batch.update(**self.model(image)._asdict())
         rows = self.source.held_out(batch, datamodule, self.model, self.pre_processor, self.hparams["rotations"])
-        found = self.model.detect_each(self.model.encode(batch.image), rows, batch.image.shape[-2:])
-        return batch.update(**found._asdict())
+        return batch.update(**self.model.detect_each(self.model.encode(image), rows, image.shape[-2:])._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the folder of references out: the bank is saved, and the folder may be gone when it is restored."""
+        """Leave folders out, which may be gone when it is restored: the bank of the references is saved."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None}
+        checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "references": None, "cache_dir": None}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuild the model if the checkpoint was made with other settings than the constructor was given."""

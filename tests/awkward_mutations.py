@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""More mutations: of thresholds, awkward files and numbers, full disks, and servers that many ask at once."""
+"""More mutations: of thresholds, awkward files and numbers, full disks, features in files, and servers that many ask at
+once.
+"""
 
 from tests.mutation_list import Mutation
 
@@ -46,4 +48,10 @@ AWKWARD = [
              "test_uploads"),
     Mutation("deploy/api.py", "photos of a request are judged apart", "sent.photo(), name, known)",
              "sent.photo(), name)", "test_api"),
+    Mutation("training/picture_files.py", "files of other photos are taken", "content_hash(path), Path",
+             "Path", "test_feature_files"),
+    Mutation("training/picture_files.py", "files of other models are taken",
+             "checksum(backbone.state_dict())", '""', "test_feature_files"),
+    Mutation("training/picture_files.py", "files are not looked into", 'if content.get("name") != name:',
+             "if not content:", "test_feature_files"),
 ]  # fmt: skip

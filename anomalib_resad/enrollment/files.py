@@ -68,14 +68,15 @@ def remove_stale(folder: Path) -> None:
                 rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, also when the device loses its power."""
+def write_whole(path: Path, content: bytes, synced: bool = True) -> None:
+    """Write a file whole or not at all; ``synced`` also when the device loses its power, which takes longer."""
     temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ model's input, and paths alone where nothing needs to be decoded.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -124,13 +125,22 @@ class SourcePhotos(Dataset):
             return SourcePhoto(path, int(sample.label_index))
         return self.read(path)
 
+    def size_of(self, path: str) -> Size | None:
+        """Height and width that a photo is resized to; ``None`` where the data set decides."""
+        return self.sizes.get(self._category[path])
+
+    def mask_path(self, path: str) -> str:
+        """The file of a photo's mask; empty if there is none."""
+        mask = self.dataset.samples.iloc[self._index[path]].get("mask_path")
+        return str(mask) if isinstance(mask, str | Path) and Path(mask).is_file() else ""
+
     def read(self, path: str) -> SourcePhoto:
         """One photo by its path, decoded by the data set itself.
 
         Raises:
             ValueError: If it is defective and has no mask.
         """
-        size = self.sizes.get(self._category[path])
+        size = self.size_of(path)
         item = cast("ImageItem", (self.dataset if size is None else without_resize(self.dataset))[self._index[path]])
         label = int(item.gt_label) if item.gt_label is not None else int(LabelName.NORMAL)
         if label == LabelName.ABNORMAL and item.gt_mask is None:

@@ -2,21 +2,17 @@
 
 """Features and references of source images: what a training step and a validation on source images work on."""
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataset, ImageBatch
-from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.data.utils import LabelName
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
-from torchvision.tv_tensors import Mask
 
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth
@@ -26,17 +22,17 @@ from anomalib_resad.enrollment.photos import check_photos, read_header
 from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
 from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of
-from anomalib_resad.pre_processor import with_size
-from anomalib_resad.reference_rows import encode_photo, pre_process, read_photo, reference_rows
+from anomalib_resad.reference_rows import reference_rows
 from anomalib_resad.torch_model import ResADModel
-from anomalib_resad.training.feature_cache import FeatureCache, Picture
+from anomalib_resad.training.feature_cache import FeatureCache
+from anomalib_resad.training.picture_files import PictureFiles, made_by
 from anomalib_resad.training.reference_pools import ReferencePools, validates_on_source
 from anomalib_resad.training.source_photos import SourceBatch, SourcePhoto, SourcePhotos, augments
-from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_share, is_painted, paint_photo
+from anomalib_resad.training.source_pictures import Preparation, SourcePictures
+from anomalib_resad.training.synthetic_defects import SHARE_WITHOUT_REAL, check_share, is_painted
 
 # Good source photos that keys are learned from, the same number of each category: each is thousands of patches.
 KEY_PHOTOS = 64
-ENCODED = 8  # source photos that are encoded together, which is faster than one by one
 DEFAULT_SHOTS = 4  # photos that are drawn where nobody says how many; the paper has 2 and 4
 
 
@@ -54,6 +50,7 @@ class SourceReferences:
         synthetic (float | None): Share of the good images that get a defect, ``None`` for none; 0.5 at least where no
             image has a real one.
         bit_depth (BitDepth): Bits of a channel that files of more than 8 bits use; ``"auto"``: what they state.
+        cache_dir (Path | str | None): Folder of features that trainings share; ``None`` for memory alone.
 
     Raises:
         ValueError: If ``synthetic`` is no share, or ``k_shot`` no number of photos.
@@ -66,6 +63,7 @@ class SourceReferences:
         cache_gb: float = 4.0,
         synthetic: float | None = None,
         bit_depth: BitDepth = "auto",
+        cache_dir: Path | str | None = None,
     ) -> None:
         check_share(synthetic or 0.0)
         self.k_shot = DEFAULT_SHOTS if k_shot is None else k_shot
@@ -77,6 +75,7 @@ class SourceReferences:
         self.synthetic = synthetic or 0.0
         self.bit_depth = bit_depth
         self.cache = FeatureCache(int(cache_gb * 1e9))
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
         self._pools: ReferencePools | None = None
         self._held_out: dict[str, Rows] = {}  # by source category
         self._sizes: dict[str, Size] = {}  # by source category, where each has its own
@@ -98,13 +97,14 @@ class SourceReferences:
         """Compute the features that are kept, and learn the keys of joined levels, in every process alike.
 
         Raises:
-            ValueError: If a category has too few good images, or some images cannot be used.
+            ValueError: If a category has too few good images, some images cannot be used, or the folder of features
+                cannot be written.
         """
         datamodule: Any = getattr(trainer, "datamodule", None)
         given = datamodule.train_data if datamodule is not None else trainer.train_dataloader.dataset  # type: ignore[union-attr]
         self._photos = given if isinstance(given, SourcePhotos) else SourcePhotos(given, self.bit_depth)
         self._photos.kept = set()
-        self._model, self._pre_processor = model, pre_processor
+        self._model = model
         held_out = [datamodule.val_data] if validates_on_source(datamodule) else []
         self._pools = ReferencePools(self._photos.dataset, *held_out)
         self._pools.check(self.k_shot)
@@ -114,9 +114,16 @@ class SourceReferences:
         self._share = self.synthetic if has_real else max(self.synthetic, SHARE_WITHOUT_REAL)
         if not has_real:
             rank_zero_info("The training data holds no real defects: synthetic ones stand in.")
-        hidden = not trainer.is_global_zero
-        if self.cache.max_bytes and not augments(self._photos.dataset):
-            self._fill(hidden, getattr(datamodule, "num_workers", 0))
+        hidden, join = not trainer.is_global_zero, model.encoder.join
+        kept_at_all = not augments(self._photos.dataset) and (self.cache.max_bytes or self.cache_dir is not None)
+        self.cache.clear()
+        self.cache.keys_of = None if join is None else join.keys_of
+        if kept_at_all and self.cache_dir is not None:
+            self.cache.files = self._files(self.cache_dir, model, pre_processor, trainer.precision)
+        preparation = Preparation(self._photos, pre_processor, self._share > 0, self.seed, self.cache.files)
+        self._pictures = SourcePictures(preparation, model, self.cache)
+        if kept_at_all:
+            self._photos.kept |= self._pictures.fill(hidden, getattr(datamodule, "num_workers", 0))
         shown = [path for data in (self._photos, *held_out) for path in data.samples.image_path]
         unread = [path for path in shown if path not in self._photos.kept]
         paths = track(unread, "Checking source photos", console=Console(stderr=True), transient=True, disable=hidden)
@@ -129,32 +136,10 @@ class SourceReferences:
         if validates_on_source(datamodule):
             datamodule.val_data.sizes = self._sizes
 
-    def _size_of(self, path: str) -> Size | None:
-        assert self._pools is not None
-        return self._sizes.get(self._pools.category_of[path])
-
-    def _fill(self, hidden: bool, num_workers: int) -> None:
-        """Read each photo once and keep its features, and those of its painted version, as far as there is room."""
-        self.cache.clear()
-        photos = DataLoader(self._photos, batch_size=ENCODED, num_workers=num_workers, collate_fn=list)
-        for batch in track(
-            photos, "Encoding source photos", console=Console(stderr=True), transient=True, disable=hidden
-        ):
-            if not self._keep(batch):
-                break
-        rank_zero_info(f"Features of {self.cache} are kept.")
-
-    def _keep(self, photos: Sequence[SourcePhoto]) -> bool:
-        """Keep the features of some photos and of their painted versions; whether there was room for all."""
-        good = [photo for photo in photos if self._share and photo.label == LabelName.NORMAL]
-        versions = [*((photo, False) for photo in photos), *((photo, True) for photo in good)]
-        pictures = self._encode([self._prepared(*each) for each in versions])
-        for (photo, painted), picture in zip(versions, pictures, strict=True):
-            if not self.cache.put(photo.path, picture, painted):
-                return False
-        assert self._photos.kept is not None
-        self._photos.kept.update(photo.path for photo in photos)
-        return True
+    def _files(self, folder: Path, model: ResADModel, pre_processor: nn.Module | None, precision: str) -> PictureFiles:
+        augmentations = getattr(self._photos.dataset, "augmentations", None)  # the model's own resizing
+        how = made_by(model, pre_processor, augmentations, self.bit_depth, precision)
+        return PictureFiles(folder, how, next(model.parameters()).device)
 
     def _learn_keys(self) -> None:
         """Learn the directions of the keys from good photos, unless that was done before."""
@@ -167,9 +152,9 @@ class SourceReferences:
         drawn = [draw(paths, min(most, len(paths)), seeded(self.seed, name, "keys")) for name, paths in good]
         paths = [path for category in drawn for path in category]
         rank_zero_info(f"Learning what to match by, from {len(paths)} good photos of {len(good)} source categories.")
-        join.learn(self._features_of(path).values[0] for path in paths)
+        join.learn(self._pictures.features_of(path).values[0] for path in paths)
         with torch.no_grad():
-            self.cache.replace_keys(join.keys_of)
+            self.cache.replace_keys()
 
     def stop(self) -> None:
         """Free the features of source images."""
@@ -193,11 +178,17 @@ class SourceReferences:
         Raises:
             ValueError: If a defective image has no mask, or a category too few good images.
         """
-        pictures = self._pictures(self._photos_of(batch), epoch)
-        features = [picture.features for _, picture in pictures]
-        masks = [picture.mask.to(picture.features.values[0]) for _, picture in pictures]
+        photos = self._photos_of(batch)
+        painted = [
+            photo.label == LabelName.NORMAL and is_painted(self.seed, epoch, photo.path, self._share)
+            for photo in photos
+        ]
+        pictures = self._pictures.of(photos, painted)
+        features = [picture.features for picture in pictures]
+        masks = [picture.mask.to(picture.features.values[0]) for picture in pictures]
         assert self._pools is not None
-        draws = [self._pools.draw(path, self.k_shot, self.seed, epoch, key_of(path)) for path, _ in pictures]
+        paths = [photo.path for photo in photos]
+        draws = [self._pools.draw(path, self.k_shot, self.seed, epoch, key_of(path)) for path in paths]
         references = [self._rows(drawn) for drawn in draws]
         return features, references, masks
 
@@ -209,59 +200,9 @@ class SourceReferences:
         labels = [0] * len(batch.image_path) if batch.gt_label is None else batch.gt_label.tolist()
         return [SourcePhoto(path, int(label)) for path, label in zip(batch.image_path, labels, strict=True)]
 
-    def _pictures(self, photos: Sequence[SourcePhoto], epoch: int) -> list[tuple[str, Picture]]:
-        """Features and masks of photos, or of their painted versions; what is not kept is computed together."""
-        painted = [
-            photo.label == LabelName.NORMAL and is_painted(self.seed, epoch, photo.path, self._share)
-            for photo in photos
-        ]
-        found = [self.cache.get(photo.path, paint) for photo, paint in zip(photos, painted, strict=True)]
-        missing = [index for index, picture in enumerate(found) if picture is None]
-        prepared = [self._prepared(photos[index], painted[index]) for index in missing]
-        for index, picture in zip(missing, self._encode(prepared), strict=True):
-            found[index] = picture
-        return [(photo.path, picture) for photo, picture in zip(photos, found, strict=True) if picture is not None]
-
-    def _prepared(self, photo: SourcePhoto, painted: bool) -> tuple[Tensor, Tensor]:
-        """A photo, or its painted version, as the backbone takes it, ``(1, 3, H, W)``, and its mask ``(H, W)``."""
-        if photo.image is None:
-            photo = self._photos.read(photo.path)
-        assert photo.image is not None
-        size = self._size_of(photo.path)
-        if painted:
-            image = photo.image
-            transform = with_size(getattr(self._pre_processor, "transform", None), size)
-            for resize in extract_transforms_by_type(transform, Resize):
-                image = resize(image)
-            image, mask = paint_photo(image.cpu(), photo.path, self.seed)
-            return pre_process(self._pre_processor, image[None], size), mask
-        images = pre_process(self._pre_processor, photo.image[None], size)
-        if photo.mask is None:
-            return images, torch.zeros(images.shape[-2:], dtype=torch.bool)
-        return images, pre_process(self._pre_processor, Mask(photo.mask[None]), size).squeeze(0) > 0
-
-    @torch.no_grad()
-    def _encode(self, prepared: Sequence[tuple[Tensor, Tensor]]) -> list[Picture]:
-        """Features of prepared photos; those of one size are encoded together."""
-        device = next(self._model.parameters()).device
-        found: dict[int, Picture] = {}
-        for shape in dict.fromkeys(image.shape for image, _ in prepared):
-            alike = [index for index, (image, _) in enumerate(prepared) if image.shape == shape]
-            features = self._model.encode(torch.cat([prepared[index][0] for index in alike]).to(device))
-            found |= {index: Picture(features.photo(place), prepared[index][1]) for place, index in enumerate(alike)}
-        return [found[index] for index in range(len(prepared))]
-
-    def _features_of(self, path: str) -> Features:
-        """Features of a reference photo."""
-        kept = self.cache.get(path)
-        if kept:
-            return kept.features
-        photo = read_photo(path, self.bit_depth)
-        return encode_photo(self._model, self._pre_processor, photo, self._size_of(path))
-
     def _rows(self, paths: list[str]) -> Rows:
         """Bank rows of some photos."""
-        photos = [as_list(rows_of(self._features_of(path))) for path in paths]
+        photos = [as_list(rows_of(self._pictures.features_of(path))) for path in paths]
         return rows_from_list([torch.cat(level) for level in zip(*photos, strict=True)], self._model.bank.keyed)
 
     # -- of a validation ----------------------------------------------------------------------------------------------
