@@ -1,13 +1,19 @@
-# make demo | test | lint: each creates .venv and installs what is missing.
+# make demo | gpu | test | lint: each creates .venv and installs what is missing.
 PYTHON ?= python3
 VENV := .venv
 DEMO := $(if $(DATA),--data "$(DATA)") $(if $(TARGET),--target "$(TARGET)") $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	$(if $(BACKBONE),--backbone "$(BACKBONE)") $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DRAWS),--draws $(DRAWS))
 
-.PHONY: demo test lint clean
+GPU := $(if $(DATA),--target.root "$(DATA)") $(if $(WEIGHTS),--weights "$(WEIGHTS)") $(if $(OUTPUT),--output "$(OUTPUT)") \
+	$(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(DRAWS),--draws $(DRAWS))
+
+.PHONY: demo gpu test lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.demo $(DEMO)
+
+gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.gpu --config benchmarks/configs/gpu_resnet18.yaml $(GPU)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest

@@ -4,7 +4,7 @@
 
 import inspect
 import json
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -194,7 +194,7 @@ def engine(
 def train_source(
     method: Method, backbone: Backbone, source: CrossCategory, seed: int, path: Path, progress: Progress
 ) -> Path:
-    """Train a method on source categories, unless that was done before.
+    """Train a method on source categories, unless that was done before; one that was stopped goes on.
 
     Args:
         method (Method): The method, with ``source_epochs``.
@@ -212,14 +212,16 @@ def train_source(
     path.parent.mkdir(parents=True, exist_ok=True)
     seed_everything(seed)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        bar = TrainingBar(progress, f"training {path.stem}")
-        run = engine(Path(folder), method.source_epochs, bar)
-        run.fit(model=build(method, backbone), datamodule=source)
-        assert run.best_model_path, "training saved no checkpoint"
-        minutes = round((time.perf_counter() - start) / 60, 2)
-        path.with_suffix(".json").write_text(json.dumps({"minutes": minutes, "seed": seed}) + "\n")
-        Path(run.best_model_path).rename(path)
+    folder = path.with_suffix(".training")
+    reached = max(folder.rglob("*.ckpt"), key=lambda each: each.stat().st_mtime, default=None)
+    run = engine(folder, method.source_epochs, TrainingBar(progress, f"training {path.stem}"))
+    run.fit(model=build(method, backbone), datamodule=source, ckpt_path=reached)
+    assert run.best_model_path, "training saved no checkpoint"
+    timed: dict[str, Any] = {"minutes": round((time.perf_counter() - start) / 60, 2), "seed": seed}
+    timed |= {} if reached is None else {"resumed": True}
+    path.with_suffix(".json").write_text(json.dumps(timed) + "\n")
+    Path(run.best_model_path).rename(path)
+    shutil.rmtree(folder)
     return path
 
 

@@ -32,6 +32,7 @@ from anomalib_resad.method.presets import PRESETS
 from anomalib_resad.method.self_similarity import self_similarity_distance
 from benchmarks.measure import PeakMemory
 from benchmarks.settings import PACKAGES, cpu
+from benchmarks.speed_device import device_name, device_rows
 from benchmarks.speed_models import BACKBONE, Actions, Row, enrolled, in_turn, known, rivals
 from benchmarks.speed_openvino import openvino_rows
 
@@ -134,6 +135,7 @@ def speed(
     repeats: int = 9,
     threads: int = 2,
     seed: int = 0,
+    device: str | None = None,
 ) -> None:
     """Measure and write ``speed.csv`` and ``speed.json``.
 
@@ -147,6 +149,7 @@ def speed(
         repeats: Counted rounds.
         threads: CPU threads.
         seed: Seed of weights and photos.
+        device: Measure PyTorch on this device instead, eager and compiled, in float32 and bfloat16: ``cuda``, ``cpu``.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -154,12 +157,16 @@ def speed(
     rows: list[Row] = []
     for backbone in backbones:
         models, others = known(backbone, variants, references), rivals(backbone, ratios, references)
-        for batch in batches:
-            rows += torch_rows(backbone, models, others, batch, repeats)
-        rows += openvino_rows(backbone, models, others, batches, repeats, threads)
-        rows += training_rows(backbone, references, repeats)
-        rows += other_rows(backbone, repeats)
-        write(output, rows, {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed})
+        if device is not None:
+            rows += device_rows(backbone, {**models, **others}, batches, repeats, device)
+        else:
+            for batch in batches:
+                rows += torch_rows(backbone, models, others, batch, repeats)
+            rows += openvino_rows(backbone, models, others, batches, repeats, threads)
+            rows += training_rows(backbone, references, repeats)
+            rows += other_rows(backbone, repeats)
+        settings = {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed}
+        write(output, rows, settings | ({} if device is None else {"device": device_name(device)}))
     show(rows)
 
 

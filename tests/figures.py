@@ -179,6 +179,12 @@ def by_tile_scale(path: Path, cells: list[str], column: str) -> list[float]:
     return [factor * float(row[name]) for name in OF_TILES[column].split()]
 
 
+def by_what_grows(path: Path, cells: list[str], column: str) -> list[float]:
+    grows, _, times = cells[0].rpartition(" ")
+    row = the(records(path), grows=grows, times=times)
+    return [float(row["ratio" if "backbone" in column else "memory_mb"])]
+
+
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -201,4 +207,5 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "by consumer": by_consumer,
     "share that moved": share_that_moved,
     "by tile scale": by_tile_scale,
+    "by what grows": by_what_grows,
 }
