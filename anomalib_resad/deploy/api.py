@@ -287,7 +287,9 @@ def application(
         redoc_url=None,
         middleware=[Middleware(Measured, metrics=metrics), *stack],
     )
-    app.include_router(Api(inferencer, metrics, max_upload_mb, folder).router())
+    served = Api(inferencer, metrics, max_upload_mb, folder)
+    app.include_router(served.router())
+    app.state.turns = served.turns  # which are waited for when the process is to end
 
     def refused(_: Request, error: Exception) -> JSONResponse:
         kinds: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409}  # since the request was checked
