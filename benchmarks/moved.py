@@ -58,7 +58,7 @@ def _measured(inferencer: ResADInferencer, folder: Path, real: bool) -> Iterator
     inferencer.enroll("product", photos, rotations=1, region=region, replace_existing=True)
     told = inferencer.has_position("product")
     for what, shift, photos in _photos(folder, np.random.default_rng(0)):
-        found = inferencer.predict_batch([cv2.resize(pixels, size) for pixels in photos], "product")
+        found = list(inferencer.predict_batch([cv2.resize(pixels, size) for pixels in photos], "product"))
         yield folder.name, real, told, what, shift, len(found), sum(each.moved for each in found)
 
 

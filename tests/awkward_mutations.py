@@ -54,4 +54,12 @@ AWKWARD = [
              "checksum(backbone.state_dict())", '""', "test_feature_files"),
     Mutation("training/picture_files.py", "files are not looked into", 'if content.get("name") != name:',
              "if not content:", "test_feature_files"),
+    Mutation("deploy/in_flight.py", "all photos are read at once", "if len(waiting) > at_once:",
+             "if len(waiting) > 99:", "test_throughput"),
+    Mutation("deploy/api.py", "requests do not share the places of photos", "        with self._room:\n",
+             "        if True:\n", "test_throughput"),
+    Mutation("deploy/turns.py", "a service that ends takes requests", "self._closed = True", "self._closed = False",
+             "test_service_end"),
+    Mutation("deploy/service.py", "requests are cut off at the end", "STOP_SECONDS = WAIT_SECONDS + 5",
+             "STOP_SECONDS = 0", "test_service_end"),
 ]  # fmt: skip

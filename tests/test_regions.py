@@ -164,7 +164,7 @@ def test_sizes_are_those_of_the_files(inferencer: ResADInferencer, good: list[Pa
     assert found.size == (3000, 6000)
     assert pixels.shape == (1500, 3000, 3)
     assert inferencer.predict((tmp_path / "large.jpg").read_bytes(), "regions").size == (3000, 6000)
-    assert inferencer.predict_batch([np.zeros((30, 50, 3), np.uint8)], "regions")[0].size == (30, 50)
+    assert next(inferencer.predict_batch([np.zeros((30, 50, 3), np.uint8)], "regions")).size == (30, 50)
     assert inferencer.predict(Image.new("L", (50, 30)), "regions").size == (30, 50)
 
 

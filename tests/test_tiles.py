@@ -116,7 +116,7 @@ def test_scores_are_those_of_new_photos(model: ResADInferencer, walls: list[np.n
         score = model.predict(wall, "others").raw_score
         assert min(abs(score - each) for each in bank.leave_one_out or ()) < 1e-4
     reopened = ResADInferencer(model.bundle, banks=model.banks, threads=1)
-    assert reopened.predict(walls[4], "all").raw_score == model.predict_batch([walls[4]], "all")[0].raw_score
+    assert reopened.predict(walls[4], "all").raw_score == next(model.predict_batch([walls[4]], "all")).raw_score
 
 
 def test_what_a_bank_of_tiles_can_and_cannot(

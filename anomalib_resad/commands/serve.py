@@ -19,6 +19,7 @@ def serve(
     max_upload_mb: int = 30,
     max_total_mb: int = 200,
     page: bool = True,
+    streams: int = 1,
 ) -> None:
     """Open a web page to enroll products and inspect photos, and a REST API beside it.
 
@@ -34,13 +35,15 @@ def serve(
         max_upload_mb: Largest file that is accepted.
         max_total_mb: Largest request, of up to 20 files.
         page: Serve the page; without it the API alone, which does not need Gradio.
+        streams: Photos that are computed at the same time: with as many as there are cores, several clients are served
+            faster, and a single one slower.
     """
     hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else (allowed_hosts or [])
     token = token or os.environ.get("RESAD_TOKEN")
     try:
         from anomalib_resad.deploy.service import launch  # noqa: PLC0415  # an extra
 
-        inferencer = ResADInferencer(bundle, banks=banks)
+        inferencer = ResADInferencer(bundle, banks=banks, streams=streams)
         launch(inferencer, say, host, port, hosts, token, max_upload_mb, max_total_mb, page)
     except ModuleNotFoundError as error:
         extra = "serve] for the page, [api" if page else "api"

@@ -32,6 +32,7 @@ def watch(
     patience: float = 10.0,
     webhook: str | None = None,
     mqtt: str | None = None,
+    streams: int = 1,
 ) -> None:
     """Inspect the photos that a camera writes into a folder, until Ctrl+C or SIGTERM ends it.
 
@@ -49,6 +50,7 @@ def watch(
         patience: Seconds without a change after which a file that cannot be read is recorded as failed.
         webhook: Address that each row is sent to as JSON; while it does not answer, rows wait.
         mqtt: The same for an MQTT broker, as host:port/topic.
+        streams: Photos that are computed at the same time where several are complete: more in a second, each slower.
     """
     if folder.resolve() in (output.resolve(), *output.resolve().parents):
         msg = f"--output {output} is in {folder}: maps would be taken for photos. Choose a folder outside of it."
@@ -56,12 +58,13 @@ def watch(
     sinks = {} if webhook is None else {"webhook": webhook_sink(webhook)}
     if mqtt is not None:
         sinks["mqtt"] = mqtt_sink(mqtt)
-    inferencer = ResADInferencer(bundle, banks=banks)
+    inferencer = ResADInferencer(bundle, banks=banks, streams=streams)
     inferencer.bank(product)
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(output))
         keep = partial(_keep, output, maps, inferencer.manifest.map.threshold is None)
-        watching = FolderWatch(folder, journal, partial(_inspect, inferencer, product), keep, settle, patience)
+        inspect = partial(_inspect, inferencer, product)
+        watching = FolderWatch(folder, journal, inspect, keep, settle, patience, inferencer.in_flight)
         for name, sink in sinks.items():
             stack.callback(Sender(name, sink, journal.path).close)
         known = len(journal.recorded)

@@ -7,8 +7,10 @@ It stands behind the guards of :mod:`~anomalib_resad.deploy.guard`, beside the p
 
 import base64
 import io
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +39,7 @@ from anomalib_resad.deploy.bodies import (
 from anomalib_resad.deploy.bundle import BundleError
 from anomalib_resad.deploy.descriptions import refusals, sentence, taking
 from anomalib_resad.deploy.guard import guards
+from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import printable, without_folders
 from anomalib_resad.deploy.metrics import Measured, Metrics
@@ -65,7 +68,8 @@ class Api:
         self, inferencer: ResADInferencer, metrics: Metrics, max_upload_mb: int, folder: Path | None = None
     ) -> None:
         self.inferencer, self.metrics, self.max_upload_mb, self.folder = inferencer, metrics, max_upload_mb, folder
-        self.turns = Turns(metrics)
+        self.turns = Turns(metrics, inferencer.in_flight)
+        self._room = threading.BoundedSemaphore(self.turns.running)  # photos in memory, of all requests
 
     def router(self) -> APIRouter:
         """The addresses. What computes runs in threads, so that the state is told while it does."""
@@ -180,10 +184,15 @@ class Api:
         options, photos = sent.read(InspectOptions, self.max_upload_mb)
         with self.turns.turn():
             known = self.inferencer.loaded(name)
-            results = [self._inspected(name, known, each, options.map) for each in photos]
+            inspected = partial(self._inspected, name, known, options.map)
+            results = list(in_order(inspected, photos, self.inferencer.in_flight))
         return {"product": name, "threshold": self._threshold(known.bank), "results": results}
 
-    def _inspected(self, name: str, known: Loaded, sent: Sent, picture: str) -> dict[str, Any]:
+    def _inspected(self, name: str, known: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
+        with self._room:
+            return self._result(name, known, picture, sent)
+
+    def _result(self, name: str, known: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
         try:
             found, pixels = self.inferencer.inspect(sent.photo(), name, known)
         except PhotoError as error:
@@ -278,7 +287,9 @@ def application(
         redoc_url=None,
         middleware=[Middleware(Measured, metrics=metrics), *stack],
     )
-    app.include_router(Api(inferencer, metrics, max_upload_mb, folder).router())
+    served = Api(inferencer, metrics, max_upload_mb, folder)
+    app.include_router(served.router())
+    app.state.turns = served.turns  # which are waited for when the process is to end
 
     def refused(_: Request, error: Exception) -> JSONResponse:
         kinds: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409}  # since the request was checked

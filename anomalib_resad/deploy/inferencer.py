@@ -3,7 +3,7 @@
 """The runtime of the edge: enroll products and inspect photos, with OpenVINO alone."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from functools import partial
 
 import numpy as np
@@ -12,6 +12,7 @@ from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, BundleError
+from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.products import Products
@@ -26,8 +27,8 @@ from anomalib_resad.enrollment.thresholds import normalize
 class ResADInferencer(Products):
     """One exported model for all products; the device itself learns a new one from a few good photos.
 
-    Safe to use from several threads, which wait for each other. Everything is computed in float32, whatever precision
-    the device would choose by itself.
+    Safe to use from several threads, of which ``streams`` compute at the same time. Everything is computed in float32,
+    whatever precision the device would choose by itself.
 
     Args:
         bundle (Path | str): Folder made by ``resad export``, or file made by ``resad bundle pack``.
@@ -36,9 +37,12 @@ class ResADInferencer(Products):
             packed one, ``<its name>.banks``.
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
         most_loaded (int): Most banks kept in memory, the least recently used dropped first.
+        streams (int): Photos that are computed at the same time. With 1, each photo has all CPU threads, and its result
+            is there soonest; with as many as there are cores, more photos are done in a second.
 
     Attributes:
         size (int): Bytes of the bundle.
+        in_flight (int): Photos that are in work at the same time where several are inspected.
 
     Raises:
         BundleError: If the bundle cannot be used.
@@ -69,29 +73,36 @@ class ResADInferencer(Products):
         """
         known = self.loaded(product) if known is None else known
         pixels = read_like(photo, known.bank.bit_depth)
-        return self._found([(photo, pixels)], known)[0], pixels
+        return self._found(photo, pixels, known), pixels
 
-    def predict_batch(self, photos: Iterable[Photo], product: str) -> list[Prediction]:
-        """Inspect photos of one product together, of any sizes."""
+    def predict_batch(self, photos: Iterable[Photo], product: str) -> Generator[Prediction, None, None]:
+        """Inspect photos of one product, of any sizes; what is found comes photo by photo, in their order.
+
+        Several photos are in work where there are several ``streams``, each by itself, so that the scores are those of
+        :meth:`predict`; ``in_flight`` says how many. All are judged by the product as it is now.
+
+        Args:
+            photos (Iterable[Photo]): As of :meth:`predict`; read as results are taken.
+            product (str): As of :meth:`predict`.
+
+        Raises:
+            ValueError: If the product is not enrolled.
+            PhotoError: When the result of a photo is taken that cannot be used.
+        """
         known = self.loaded(product)
-        return self._found(((photo, read_like(photo, known.bank.bit_depth)) for photo in photos), known)
+        return in_order(lambda photo: self.inspect(photo, product, known)[0], photos, self.in_flight)
 
-    def _found(self, photos: Iterable[tuple[Photo, np.ndarray]], known: Loaded) -> list[Prediction]:
+    def _found(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> Prediction:
         bank, rows, position = known
         if bank.tile_scale is not None:
-            found = [self._in_tiles(photo, pixels, known) for photo, pixels in photos]
-            return [self._told(*each, False, bank) for each in found]
-        encoded = [self._seen(photo, pixels, bank) for photo, pixels in photos]
-        if not encoded:
-            return []
-        features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
-        moved = [position is not None and position.has_moved(each) for each in features[-1]]
+            return self._told(*self._in_tiles(photo, pixels, known), False, bank)
+        features, size = self._seen(photo, pixels, bank)
+        moved = position is not None and position.has_moved(features[-1][0])
         if bank.region is not None:
             for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
-        each_one = zip(scores, maps[:, 0], (size for _, size in encoded), moved, strict=True)
-        return [self._told(*each, bank) for each in each_one]
+        return self._told(scores[0], maps[0, 0], size, moved, bank)
 
     def _in_tiles(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> tuple[np.float32, np.ndarray, Size]:
         """Raw score and map of a photo that is looked at in tiles, and its size."""

@@ -32,13 +32,16 @@ class Model:
         banks: Path | str | None = None,
         threads: int | None = None,
         most_loaded: int = 32,
+        streams: int = 1,
     ) -> None:
         self.bundle = Path(bundle)
         self.manifest, files = read_bundle(self.bundle)  # compiled from what was checked, not from the disk
         self.banks = banks_of(self.bundle, banks)
         self.device = device
         self.size = sum(map(len, files.values()))
-        self._runtime = Runtime(files, device, threads)
+        self._runtime = Runtime(files, device, threads, streams)
+        # One more photo is decoded than is computed; a single stream takes photo after photo.
+        self.in_flight = 1 if streams == 1 else int(streams) + 1
         self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
 
     def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:

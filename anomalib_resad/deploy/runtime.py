@@ -5,6 +5,7 @@
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -20,28 +21,37 @@ COMPOUND = ("AUTO", "MULTI", "HETERO", "BATCH")  # devices that choose among oth
 
 
 class Runtime:
-    """Compiles each model at its first use; safe to use from several threads, which wait for each other.
+    """Compiles each model at its first use; safe to use from several threads, of which some run at the same time.
 
     Args:
         files (Mapping[str, bytes]): Content of the files of a bundle.
         device (str): OpenVINO device.
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
+        streams (int): How many run at the same time; further ones wait. A single one has all CPU threads, several
+            share them, so that more is done in a second, and each takes longer.
 
     Raises:
-        ValueError: If there is no such device, or the number is impossible.
+        ValueError: If there is no such device, or a number is impossible.
     """
 
-    def __init__(self, files: Mapping[str, bytes], device: str, threads: int | None) -> None:
+    def __init__(self, files: Mapping[str, bytes], device: str, threads: int | None, streams: int = 1) -> None:
         self._files = {name: files[name] for name in FILES}
         self._device = device
-        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if not is_count(streams):
+            msg = f"streams={streams!r} must be a whole number of at least 1: the photos that are computed together."
+            raise ValueError(msg)
+        self._streams = int(streams)
+        hint = {"PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT"}
+        self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", **hint}
+        if streams > 1:
+            self._config["PERFORMANCE_HINT_NUM_REQUESTS"] = self._streams
         if threads is not None and not is_count(threads):
             msg = f"threads={threads!r} must be a whole number of at least 1, or None to leave it to OpenVINO."
             raise ValueError(msg)
         if threads is not None:
             self._config["INFERENCE_NUM_THREADS"] = int(threads)
         if device == "CPU":
-            self._config["CPU_RUNTIME_CACHE_CAPACITY"] = CACHED_SHAPES
+            self._config["CPU_RUNTIME_CACHE_CAPACITY"] = max(1, CACHED_SHAPES // self._streams)  # each has its own
         self._core = ov.Core()
         known = self._core.available_devices
         if device not in known and device.partition(":")[0] not in (
@@ -50,8 +60,8 @@ class Runtime:
         ):
             msg = f"device={device!r} is no OpenVINO device of this machine, which has {', '.join(known)}."
             raise ValueError(msg)
-        self._requests: dict[str, ov.InferRequest] = {}
-        self._lock = threading.RLock()
+        self._requests: dict[str, SimpleQueue[ov.InferRequest]] = {}
+        self._lock = threading.Lock()
 
     def run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
         """Run a model.
@@ -65,14 +75,25 @@ class Runtime:
         """
         with self._lock:
             if file not in self._requests:
-                weights = Path(file).with_suffix(".bin").name
-                try:
-                    model = self._core.read_model(self._files[file], self._files[weights])
-                    compiled = self._core.compile_model(model, self._device, self._config)
-                except RuntimeError as error:
-                    msg = f"OpenVINO cannot run {file} on {self._device}: {str(error).strip().splitlines()[-1]}"
-                    raise BundleError(msg) from error
-                self._requests[file] = compiled.create_infer_request()
-                del self._files[file], self._files[weights]
-            outputs = self._requests[file].infer(inputs, share_inputs=True)
+                self._requests[file] = self._compiled(file)
+            free = self._requests[file]
+        request = free.get()
+        try:
+            outputs = request.infer(inputs, share_inputs=True)
             return [outputs[number] for number in range(len(outputs))]
+        finally:
+            free.put(request)
+
+    def _compiled(self, file: str) -> "SimpleQueue[ov.InferRequest]":
+        weights = Path(file).with_suffix(".bin").name
+        try:
+            model = self._core.read_model(self._files[file], self._files[weights])
+            compiled = self._core.compile_model(model, self._device, self._config)
+        except RuntimeError as error:
+            msg = f"OpenVINO cannot run {file} on {self._device}: {str(error).strip().splitlines()[-1]}"
+            raise BundleError(msg) from error
+        free: SimpleQueue[ov.InferRequest] = SimpleQueue()
+        for _ in range(self._streams):
+            free.put(compiled.create_infer_request())
+        del self._files[file], self._files[weights]
+        return free

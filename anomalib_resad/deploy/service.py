@@ -2,8 +2,10 @@
 
 """The server's process: its socket, its token, and its end. The page is a part that can be left out."""
 
+import asyncio
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +17,32 @@ from fastapi import FastAPI
 from anomalib_resad.deploy import api
 from anomalib_resad.deploy.guard import EVERYWHERE, checked_token
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.turns import WAIT_SECONDS, Turns
 from anomalib_resad.deploy.uploads import own_folder
 
 PORTS = range(7860, 7960)
+STOP_SECONDS = WAIT_SECONDS + 5  # so that all that wait for the model when the process is to end get an answer
+REST_SECONDS = 3  # for answers that are being sent; a page that is open in a browser never lets go of its connection
+
+
+class _Server(uvicorn.Server):
+    """Lets the requests that it holds end before it closes their connections."""
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__(
+            uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=REST_SECONDS)
+        )
+        self._turns: Turns = app.state.turns
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once, after SIGTERM or Ctrl+C; a second signal ends the waiting."""
+        self._turns.close()
+        for each in self.servers:
+            each.close()  # nobody can connect any more
+        end = time.monotonic() + STOP_SECONDS
+        while self._turns.inside and not self.force_exit and time.monotonic() < end:  # noqa: ASYNC110  # threads tell it
+            await asyncio.sleep(0.05)
+        await super().shutdown(sockets)
 
 
 def launch(
@@ -65,9 +90,8 @@ def launch(
             say("It is served as localhost alone; name the other addresses that it is opened under: --allowed_hosts.")
         if needed is not None and token is None:
             say(f"It asks for a password, which is this token, of any user: {needed}")
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=3)
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listening])
+            _Server(app).run([listening])
 
 
 def _maker(page: bool) -> Callable[..., FastAPI]:

@@ -10,7 +10,7 @@ from fastapi import HTTPException
 
 from anomalib_resad.deploy.metrics import Metrics
 
-RUNNING, WAITING = 2, 16  # requests that use the model, and that wait for it; others are told to come again
+RUNNING, WAITING = 2, 16  # requests that use the model (at least), and that wait; others are told to come again
 WAIT_SECONDS = 30.0
 
 
@@ -19,22 +19,34 @@ class Turns:
 
     Args:
         metrics (Metrics): Where they are counted.
+        in_flight (int): Photos that the model takes at the same time.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self._free = threading.BoundedSemaphore(RUNNING)
-        self._lock, self._inside = threading.Lock(), 0
+    def __init__(self, metrics: Metrics, in_flight: int) -> None:
+        self.metrics, self.running = metrics, max(RUNNING, in_flight)
+        self._free = threading.BoundedSemaphore(self.running)
+        self._lock, self._inside, self._closed = threading.Lock(), 0, False
+
+    @property
+    def inside(self) -> int:
+        """Requests that use the model, or wait for it."""
+        return self._inside
+
+    def close(self) -> None:
+        """Refuse further requests; those that are inside go on."""
+        self._closed = True
 
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Wait for a turn.
 
         Raises:
-            HTTPException: If too many wait already (429), or it takes too long (503).
+            HTTPException: If too many wait already (429), it takes too long, or the service is being stopped (503).
         """
         with self._lock:
-            if self._inside >= RUNNING + WAITING:
+            if self._closed:
+                raise HTTPException(503, "The service is being stopped.", {"Retry-After": "5", "Connection": "close"})
+            if self._inside >= self.running + WAITING:
                 raise HTTPException(429, f"{WAITING} requests wait already. Try again.", {"Retry-After": "1"})
             self._inside += 1
         try:
