@@ -46,4 +46,11 @@ AWKWARD = [
              "test_uploads"),
     Mutation("deploy/api.py", "photos of a request are judged apart", "sent.photo(), name, known)",
              "sent.photo(), name)", "test_api"),
+    Mutation("deploy/inferencer.py", "photos lose their shape on the edge", "self.encode(box[None], bank.image_size)",
+             "self.encode(box[None])", "test_image_size"),
+    Mutation("deploy/products.py", "photos that are added have a size of their own",
+             "before.region, before.image_size)", "before.region, self.manifest.size_for(read.sizes))",
+             "test_image_size"),
+    Mutation("deploy/enrolling.py", "a region has the shape of the photo", "region=region), sizes)",
+             "region=region), read.sizes)", "test_image_size"),
 ]  # fmt: skip

@@ -87,7 +87,8 @@ class ResADInferencer(Products):
         features = [np.concatenate(level) for level in zip(*(each for each, _ in encoded), strict=True)]
         moved = [position is not None and position.has_moved(each) for each in features[-1]]
         if bank.region is not None:
-            for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
+            levels = self.manifest.levels_at(bank.image_size)
+            for level, values, known_rows in zip(levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
         each_one = zip(scores, maps[:, 0], (size for _, size in encoded), moved, strict=True)
@@ -112,7 +113,7 @@ class ResADInferencer(Products):
         except PhotoError as error:
             msg = f"{name_of(photo)}: {error}"
             raise PhotoError(msg) from error
-        return self.encode(box[None]), size_of(photo)
+        return self.encode(box[None], bank.image_size), size_of(photo)
 
     def _told(self, raw: np.float32, raw_map: np.ndarray, size: Size, moved: bool, bank: Bank) -> Prediction:
         """What is told of a photo, given its raw score and map."""

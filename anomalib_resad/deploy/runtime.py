@@ -12,6 +12,7 @@ import openvino as ov
 
 from anomalib_resad.deploy.bundle import FILES, BundleError
 from anomalib_resad.enrollment.checks import is_count
+from anomalib_resad.enrollment.image_size import Size
 
 # OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
 # a photo. Most products have photos of one size.
@@ -76,3 +77,8 @@ class Runtime:
                 del self._files[file], self._files[weights]
             outputs = self._requests[file].infer(inputs, share_inputs=True)
             return [outputs[number] for number in range(len(outputs))]
+
+
+def canvas_of(size: Size) -> np.ndarray:
+    """The second input of an encoder that resizes to any size: its height and width alone count."""
+    return np.zeros(size, dtype=np.uint8)
