@@ -62,4 +62,11 @@ AWKWARD = [
              "test_service_end"),
     Mutation("deploy/service.py", "requests are cut off at the end", "STOP_SECONDS = WAIT_SECONDS + 5",
              "STOP_SECONDS = 0", "test_service_end"),
+    Mutation("deploy/inferencer.py", "photos lose their shape on the edge", "self.encode(box[None], bank.image_size)",
+             "self.encode(box[None])", "test_image_size"),
+    Mutation("deploy/products.py", "photos that are added have a size of their own",
+             "before.region, before.image_size)", "before.region, self.manifest.size_for(read.sizes))",
+             "test_image_size"),
+    Mutation("deploy/enrolling.py", "a region has the shape of the photo", "region=region), sizes)",
+             "region=region), read.sizes)", "test_image_size"),
 ]  # fmt: skip

@@ -3,12 +3,17 @@
 """Photos in the shape of their product: as many pixels as a square has, chosen at enrollment and kept with the bank."""
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
+import timm.layers.padding
 import torch
 from anomalib.data import ImageBatch
 from anomalib.deploy import OpenVINOInferencer
@@ -19,13 +24,19 @@ from torch import Tensor
 
 from anomalib_resad import ResAD
 from anomalib_resad.data.category_batches import CategoryBatches
+from anomalib_resad.deploy import BankError, ResADInferencer
+from anomalib_resad.deploy.bake import bake
 from anomalib_resad.enrollment.image_size import auto_side, read_image_size, size_of_photos
 from anomalib_resad.enrollment.photos import read_pixels
+from anomalib_resad.export.edge_bundle import load_model, model_hash, write_bundle
+from anomalib_resad.export.halves import _whole_strides, trace
+from anomalib_resad.export.parity import TorchReference
+from anomalib_resad.method.anomaly_map import _rounded_share
 from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.pre_processor import resize_and_normalize
 from anomalib_resad.reference_rows import pre_process, read_photo, reference_rows
 from benchmarks.products import make_product
-from tests.conftest import COUNTS, DEFAULT, cross_category, product, quiet_engine
+from tests.conftest import COUNTS, DEFAULT, converted, cross_category, product, quiet_engine
 
 # Width and height of the photos of each product: two thin ones, and one of photos of several shapes.
 SHAPES = {"grain": [(72, 72)], "pill": [(60, 120)], "tiles": [(128, 64), (120, 66), (140, 60), (64, 64)]}
@@ -207,3 +218,129 @@ def test_a_transformer_keeps_shapes_in_whole_patches(good: list[Path]) -> None:
     photo = np.tile(read_pixels(good[0]), (1, 2, 1))
     rows, _ = reference_rows(model.model, model.pre_processor, [photo], 1, (48, 96))
     assert len(rows.values[0]) == 3 * 6
+
+
+# -- on the edge ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle_auto(share: Callable[..., Path], trained_auto: Path) -> Path:
+    def make(folder: Path) -> None:
+        command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", trained_auto]
+        command += ["--output", folder / "fp32"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    return share("bundle_auto", make) / "fp32"
+
+
+def good_of(shaped: Path, name: str) -> list[Path]:
+    return sorted((shaped / name / "train" / "good").glob("*.png"))[:4]
+
+
+def test_products_of_several_shapes_in_one_bundle(
+    bundle_auto: Path, trained_auto: Path, shaped: Path, tmp_path: Path
+) -> None:
+    """Each photo scores as in evaluation, whatever its shape, and whatever was inspected before; so in baked files."""
+    inferencer = ResADInferencer(bundle_auto, banks=tmp_path / "banks")
+    photos = {name: sorted((shaped / name / "test").rglob("*.png"))[:3] for name in ("pill", "tiles", "grain")}
+    mixed = [photos["grain"][0], photos["pill"][0]]
+    first = {}
+    for name in ("pill", "tiles"):
+        bank = inferencer.enroll(name, good_of(shaped, name), false_alarm_rate=None)
+        evaluation = TorchReference(load_model(trained_auto), good_of(shaped, name))
+        assert bank.image_size == evaluation.model.model.bank.record.image_size == SIZES[name]
+        baked = ov.Core().compile_model(bake(bundle_auto, name, tmp_path / name, inferencer.banks), "CPU")
+        for photo in [*photos[name], *mixed]:
+            theirs, ours = inferencer.predict(photo, name), evaluation.predict(photo)
+            assert theirs.raw_score == pytest.approx(ours.raw_score, rel=1e-4, abs=1e-4)
+            assert theirs.map.shape == ours.map.shape == SIZES[name]
+            np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
+            found = baked(read_pixels(photo)[None])
+            assert found["pred_score"].item() == pytest.approx(theirs.score, abs=1e-4)
+            np.testing.assert_allclose(found["anomaly_map"][0, 0], theirs.map, atol=2e-4)
+            first[name, photo] = theirs.raw_score
+    for name, photo in reversed(first):
+        assert inferencer.predict(photo, name).raw_score == first[name, photo]
+    together = inferencer.predict_batch(mixed, "pill")
+    assert [each.raw_score for each in together] == pytest.approx([first["pill", each] for each in mixed], abs=1e-5)
+
+
+def test_the_size_stays_with_the_product(bundle_auto: Path, shaped: Path, tmp_path: Path) -> None:
+    inferencer = ResADInferencer(bundle_auto, banks=tmp_path)
+    pills, tiles = good_of(shaped, "pill"), good_of(shaped, "tiles")
+    inferencer.enroll("pill", pills[:3])
+    score = inferencer.predict(pills[3], "pill").raw_score
+    before = inferencer.bank("pill").references
+    added = set(inferencer.add("pill", tiles[:4]).references) - set(before)
+    inferencer.set_threshold("pill", 1.0)
+    for each in added:
+        inferencer.remove("pill", each.sha256)
+    bank = ResADInferencer(bundle_auto, banks=tmp_path).bank("pill")
+    assert (bank.image_size, len(bank.references)) == (SIZES["pill"], 3)
+    assert inferencer.predict(pills[3], "pill").raw_score == score
+    inferencer.enroll("pill", tiles[:4], replace_existing=True)
+    assert inferencer.bank("pill").image_size == SIZES["tiles"]
+    inferencer.undo("pill")
+    assert inferencer.predict(pills[3], "pill").raw_score == score
+    boxed = inferencer.enroll("boxed", pills[:2], region="0,0 60,0 60,60 0,60")
+    assert boxed.image_size == (64, 64), "of the box that is seen"
+    assert inferencer.predict(pills[3], "boxed").map.shape[0] > 64
+    tiled = inferencer.enroll("tiled", [tiles[0]], tile_scale=1)
+    assert tiled.image_size is None
+    assert inferencer.predict(tiles[0], "tiled").map.shape == read_pixels(tiles[0]).shape[:2]
+
+
+def test_a_bank_of_another_kind_of_bundle_is_refused(
+    bundle_auto: Path, bundle_default: Path, shaped: Path, tmp_path: Path
+) -> None:
+    own, fixed = (ResADInferencer(each, banks=tmp_path) for each in (bundle_auto, bundle_default))
+    bank = own.enroll("pill", good_of(shaped, "pill")[:2])
+    with pytest.raises(BankError, match=r"a size of its own, 96 x 48 pixels .* resizes all photos to 64 x 64\. Use"):
+        fixed.bank("pill")
+    for size, message in (((96, 50), "in whole strides of 16"), ((96, 64), "level 0 has float32")):
+        replace(bank, image_size=size).save(tmp_path / "pill.safetensors")
+        with pytest.raises(BankError, match=message):
+            own.bank("pill")
+    fixed.enroll("tiles", good_of(shaped, "tiles")[:2])
+    with pytest.raises(BankError, match=r"enrolled at the bundle's size .* gives each product its own"):
+        own.bank("tiles")
+
+
+def test_eight_bits_keep_shapes(bundle_auto: Path, trained_auto: Path, shaped: Path, tmp_path: Path) -> None:
+    model = load_model(trained_auto)
+    photos = good_of(shaped, "pill") + good_of(shaped, "tiles")
+    eight = ResADInferencer(write_bundle(model, converted(bundle_auto), tmp_path / "int8", "int8", photos))
+    for name in ("pill", "tiles"):
+        assert eight.enroll(name, good_of(shaped, name)[:3]).image_size == SIZES[name]
+        assert eight.predict(good_of(shaped, name)[3], name).map.shape == SIZES[name]
+
+
+def test_the_name_of_a_model_that_keeps_shapes(trained_auto: Path) -> None:
+    """It does not depend on the product that the checkpoint holds, and is not that of one with a size."""
+    one, other = load_model(trained_auto), load_model(trained_auto)
+    other.pre_processor.take_size((64, 64))  # type: ignore[union-attr, operator]
+    assert model_hash(one) == model_hash(other)
+    one.model.encoder.backbone.area_side = None
+    assert model_hash(one) != model_hash(other)
+
+
+def test_positions_of_one_size_are_not_exported() -> None:
+    model = ResAD(backbone="vit_tiny_patch16_224", pre_trained=False, estimator="distance", image_size="auto:64").eval()
+    with pytest.raises(ValueError, match="keeps positions of one input size"):
+        trace(model)
+
+
+def test_what_open_sides_are_computed_by() -> None:
+    """The same numbers as with known sides."""
+    counts = range(1, 5000)
+    assert [_rounded_share(each, 100) for each in counts] == [max(1, round(each / 100)) for each in counts]
+    general = timm.layers.padding.get_same_padding
+    with _whole_strides():
+        for stride in (1, 2, 4):
+            for kernel in (1, 2, 3, 5, 7):
+                given = [(side, kernel, stride, 1) for side in range(stride, 20 * stride, stride)]
+                assert {timm.layers.padding.get_same_padding(*each) for each in given} == {
+                    general(*each) for each in given
+                }
+    assert timm.layers.padding.get_same_padding is general

@@ -220,9 +220,17 @@ def test_export_of_a_backbone_alone(
     manifest = read_manifest(tmp_path / "ready")
     assert manifest.score.threshold == float(load_file(head_file("resnet18", heads))["post_processor._image_threshold"])
     assert manifest.weights.startswith("own.pth")
-    command(monkeypatch, *words, weights / "other.pth", "--output", tmp_path / "distance")
-    assert read_manifest(tmp_path / "distance").score.threshold is None
-    for given in ([], ["--weights", "pypi"], [*words[1:], "pypi", "--checkpoint", "model.ckpt"]):
+    size = ("--image_size", "auto:320")
+    command(monkeypatch, *words, weights / "other.pth", *size, "--output", tmp_path / "distance")
+    manifest = read_manifest(tmp_path / "distance")
+    assert (manifest.score.threshold, manifest.area_side, manifest.stride) == (None, 320, 16)
+    for given in (
+        [],
+        ["--weights", "pypi"],
+        size,
+        [*size, "--checkpoint", "model.ckpt"],
+        [*words[1:], "pypi", "--checkpoint", "model.ckpt"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             command(monkeypatch, "export", "--output", tmp_path / "none", *given)
 

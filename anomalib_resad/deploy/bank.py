@@ -15,11 +15,14 @@ from safetensors.numpy import save
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import check_rate, product_threshold
 from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.thresholds import is_threshold
 
 FORMAT = "resad-bank-2"
-FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, or of tiles: versions that know none refuse it
+FORMAT_OF_VIEW = (
+    "resad-bank-3"  # of a bank with a region, of tiles, or of a size of its own: versions that know none refuse it
+)
 REGION = "region"  # its array
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
@@ -64,6 +67,8 @@ class Bank:
             ``None`` of a single photo, and if unknown.
         tile_scale (float | None): Photo pixels per pixel of the model, of photos that are looked at in tiles; then the
             rows are a selection; ``None`` for whole photos.
+        image_size (Size | None): Height and width that the product's photos are resized to, chosen from their shapes
+            when it was enrolled; ``None`` for the size of the bundle.
     """
 
     product: str
@@ -79,6 +84,7 @@ class Bank:
     min_area: int = 0
     map_offset: float | None = None
     tile_scale: float | None = None
+    image_size: Size | None = None
 
     @property
     def region(self) -> np.ndarray | None:
@@ -153,8 +159,10 @@ class Bank:
         added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
         added |= {} if self.tile_scale is None else {"tile_scale": json.dumps(self.tile_scale)}
         added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
+        added |= {} if self.image_size is None else {"image_size": json.dumps(self.image_size)}
+        plain = self.region is None and self.tile_scale is None and self.image_size is None
         return added | {
-            "format": FORMAT if self.region is None and self.tile_scale is None else FORMAT_OF_VIEW,
+            "format": FORMAT if plain else FORMAT_OF_VIEW,
             "product": self.product,
             "encoder": self.encoder,
             "references": json.dumps([[each.name, each.sha256] for each in self.references]),

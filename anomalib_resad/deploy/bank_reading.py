@@ -17,6 +17,7 @@ from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import check_rate
 from anomalib_resad.enrollment.decoding import check_bit_depth
+from anomalib_resad.enrollment.image_size import MOST_SIDE
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.region import LONGEST
 from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
@@ -56,7 +57,8 @@ def _parse(content: bytes, where: str) -> Bank:
     metadata = header.get("__metadata__", {})
     metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
     checksum = metadata.pop("checksum", None)
-    expected = FORMAT_OF_VIEW if REGION in arrays or "tile_scale" in metadata else FORMAT
+    of_view = REGION in arrays or "tile_scale" in metadata or "image_size" in metadata
+    expected = FORMAT_OF_VIEW if of_view else FORMAT
     if metadata.get("format") != expected:
         msg = (
             f"{where} is no bank of this version ({metadata.get('format')} instead of {expected}). "
@@ -66,7 +68,7 @@ def _parse(content: bytes, where: str) -> Bank:
     if checksum_of(metadata, arrays) != checksum:
         msg = f"{where} was altered after it was written: its checksum differs. Copy it again, or enroll again."
         raise BankError(msg)
-    scores = json.loads(metadata.get("leave_one_out", "null"))
+    scores, size = (json.loads(metadata.get(name, "null")) for name in ("leave_one_out", "image_size"))
     return Bank(
         product=metadata["product"],
         encoder=metadata["encoder"],
@@ -81,6 +83,7 @@ def _parse(content: bytes, where: str) -> Bank:
         min_area=json.loads(metadata.get("min_area", "0")),
         map_offset=json.loads(metadata.get("map_offset", "null")),
         tile_scale=json.loads(metadata.get("tile_scale", "null")),
+        image_size=None if size is None else tuple(size),
     )
 
 
@@ -91,6 +94,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         BankError: If it does not.
     """
     _check_references(bank, where)
+    _check_size(bank, manifest, where)
     if bank.encoder != manifest.encoder:
         msg = (
             f"{where} was enrolled with another model or precision ({_short(bank.encoder)}; this bundle is "
@@ -113,13 +117,12 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
     if not all(type(each) is int and each > 0 for each in counts):
         msg = f"{where}: rotations={bank.rotations!r}, max_patches={bank.max_patches!r} are no numbers. Enroll again."
         raise BankError(msg)
-    whole = is_whole(bank, manifest)
-    for number, level in enumerate(manifest.levels):
+    for number, level in enumerate(manifest.levels_at(bank.image_size)):
         rows = bank.arrays.get(f"rows_{number}")
         expected = len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations)
         if bank.tile_scale is not None:
             expected = len(bank.arrays.get(f"rows_{len(manifest.levels) - 1 if manifest.keyed else number}", ()))
-        elif not whole:
+        elif not is_whole(bank, manifest):
             expected = min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
             found = None if rows is None else f"{rows.dtype} {rows.shape}"
@@ -150,6 +153,30 @@ def _check_region(region: np.ndarray | None) -> None:
     ):
         msg = f"its region ({region.dtype}, {region.shape}) is no mask of 0 and 1."
         raise ValueError(msg)
+
+
+def _check_size(bank: Bank, manifest: Manifest, where: str) -> None:
+    """Refuse a size that the bundle does not give photos, and what is none.
+
+    Raises:
+        BankError: If it is so.
+    """
+    size, stride = bank.image_size, manifest.stride
+    follows_shape = stride is not None and bank.tile_scale is None  # tiles have the size of the bundle
+    if (size is not None) != follows_shape:
+        had = "the bundle's size" if size is None else f"a size of its own, {' x '.join(map(str, size))} pixels"
+        height, width = manifest.image_size
+        gives = "gives each product its own" if stride is not None else f"resizes all photos to {height} x {width}"
+        msg = (
+            f"{where} was enrolled at {had} (height x width), and this bundle {gives}. Use the bundle that it was "
+            "enrolled with, or enroll again."
+        )
+        raise BankError(msg)
+    if size is not None and stride is not None:
+        whole = [type(side) is int and 0 < side <= MOST_SIDE and side % stride == 0 for side in size]
+        if len(whole) != 2 or not all(whole):
+            msg = f"{where}: image_size={size!r} is no height and width in whole strides of {stride}. Enroll again."
+            raise BankError(msg)
 
 
 def _check_scores(bank: Bank) -> None:

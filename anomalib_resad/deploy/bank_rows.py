@@ -36,7 +36,8 @@ def is_whole(bank: Bank, manifest: Manifest) -> bool:
     """Whether a bank holds all rows of each photo; those of tiles, and those that 0.1.0 thinned out, do not."""
     if bank.tile_scale is not None:
         return False
-    counts = [len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations) for level in manifest.levels]
+    levels = manifest.levels_at(bank.image_size)
+    counts = [len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations) for level in levels]
     return [len(bank.arrays.get(f"rows_{level}", ())) for level in range(len(counts))] == counts
 
 
@@ -126,7 +127,7 @@ def leave_one_out(
         rest = [padded(level, manifest.row_multiple) for level in others]
         features = [
             on_grid(bank, level, parts[photo], others_of[0])
-            for level, parts, others_of in zip(manifest.levels, own, rest, strict=True)
+            for level, parts, others_of in zip(manifest.levels_at(bank.image_size), own, rest, strict=True)
         ]
         return detect([*features, *rest])
 

@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from anomalib_resad.deploy.packed import read_file
 from anomalib_resad.enrollment.files import write_whole
+from anomalib_resad.enrollment.image_size import Size, size_of_photos
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.enrollment.thresholds import is_threshold
 
@@ -100,6 +102,10 @@ class Manifest:
         searched (float): Share of each photo's rows that is searched; all of them in bundles of version 0.1.0.
         spread (float | None): Standard deviation of good photos' raw scores within the source categories; version 0.1.0
             did not say.
+        area_side (int | None): Side of the square with as many pixels as photos have where each product has a size of
+            its own, in the shape of its photos; then ``image_size`` and ``levels`` are those of that square. ``None``
+            where all products have one size.
+        stride (int | None): Pixels per patch of the coarsest level, in which such sizes are whole.
 
     Raises:
         ValueError: If something in it cannot be.
@@ -122,6 +128,8 @@ class Manifest:
     folder: str = ""
     searched: float = 1.0
     spread: float | None = None
+    area_side: int | None = None
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         """Check types and values."""
@@ -140,6 +148,8 @@ class Manifest:
             "label_above": not (is_threshold(self.label_above) and 0 <= self.label_above <= 1),
             "searched": not (is_threshold(self.searched) and 0 < self.searched <= 1),
             "spread": not (self.spread is None or (is_threshold(self.spread) and self.spread >= 0)),
+            "area_side": (self.area_side, self.stride) != (None, None)
+            and not all(type(each) is int and each > 0 for each in (self.area_side, self.stride)),
             "files": sorted(self.files) != sorted(FILES),
             "folder": re.fullmatch(FOLDER, self.folder) is None,
         }
@@ -151,6 +161,21 @@ class Manifest:
     def encoder(self) -> str:
         """What a bank must have been made with: features of other weights, or of 8 bits, are other features."""
         return f"{self.model}/{'int8' if self.precision == 'int8' else 'float'}"
+
+    def size_for(self, sizes: Iterable[Size]) -> Size | None:
+        """The size of its own that a product has, by the sizes of its good photos; ``None`` if all have one size."""
+        if self.area_side is None or self.stride is None:
+            return None
+        return size_of_photos(sizes, self.area_side, self.stride)
+
+    def levels_at(self, size: Size | None) -> tuple[Level, ...]:
+        """The levels of photos of a product's own size, which is of whole strides; those of all without one."""
+        if size is None:
+            return self.levels
+        height, width = self.image_size
+        return tuple(
+            Level(each.channels, each.height * size[0] // height, each.width * size[1] // width) for each in self.levels
+        )
 
     def place(self, file: str) -> str:
         """Where one of the files is in the bundle."""

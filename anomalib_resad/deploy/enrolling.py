@@ -16,9 +16,10 @@ from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
 from anomalib_resad.enrollment.calibration import own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
 from anomalib_resad.enrollment.references import References, read_references
-from anomalib_resad.enrollment.region import check_fits, cut_out
+from anomalib_resad.enrollment.region import box_of, check_fits, cut_out
 from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
@@ -28,24 +29,25 @@ class Enrolling(Model):
     """A bundle that makes banks of photos; arguments as of the classes above it."""
 
     def _features_of(
-        self, read: References, rotations: Rotations, region: np.ndarray | None
+        self, read: References, rotations: Rotations, region: np.ndarray | None, size: Size | None
     ) -> tuple[dict[Reference, Rows], int]:
-        """What a bank keeps of each photo, ``(N_l, C_l)`` per level, and in how many orientations."""
-        if region is not None:
-            for reference, size in zip(read, read.sizes, strict=True):
-                try:
-                    check_fits(region, size)
-                except ValueError as error:  # noqa: PERF203  # it does not know the name
-                    msg = f"{reference.name}: {error}"
-                    raise PhotoError(msg) from error
-            read = read.seen(partial(cut_out, region=region))
-        encode = partial(self._encode_rows, region=region)
+        """What a bank keeps of photos that :func:`looked_at` gave: ``(N_l, C_l)`` per level, and the orientations."""
+        encode = partial(self._encode_rows, region=region, size=size)
         rows, orientations = enrolled_rows(read.values(), encode, self.manifest.keyed, rotations)
         return dict(zip(read, rows, strict=True)), orientations
 
+    def _new_bank(
+        self, name: str, read: References, rotations: Rotations, max_patches: int | None, region: np.ndarray | None
+    ) -> Bank:
+        """The bank of photos that are seen as a whole, or in a region, at the size that suits their shape."""
+        seen = looked_at(read, region)
+        size = self.manifest.size_for(seen.sizes)
+        features, orientations = self._features_of(seen, rotations, region, size)
+        return self._bank_of(name, features, orientations, read.bit_depth, max_patches, region, size)
+
     def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
         """The same product of other photos."""
-        kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region
+        kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region, bank.image_size
         changed = self._bank_of(bank.product, features, *kept)
         return changed.judged_as(bank, self.manifest.scatter)
 
@@ -57,6 +59,7 @@ class Enrolling(Model):
         bit_depth: int,
         max_patches: int | None,
         region: np.ndarray | None,
+        size: Size | None,
     ) -> Bank:
         references = by_content(features)
         levels = range(len(self.manifest.levels))
@@ -64,7 +67,16 @@ class Enrolling(Model):
         arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
         arrays |= {} if region is None else {REGION: region}
         return self._with_scores(
-            Bank(name, self.manifest.encoder, references, arrays, None, most, int(rotations), int(bit_depth))
+            Bank(
+                name,
+                self.manifest.encoder,
+                references,
+                arrays,
+                max_patches=most,
+                rotations=int(rotations),
+                bit_depth=int(bit_depth),
+                image_size=size,
+            )
         )
 
     def _with_scores(self, bank: Bank) -> Bank:
@@ -86,7 +98,8 @@ class Enrolling(Model):
                 msg = f"{reference.name}: {error}"
                 raise PhotoError(msg) from error
         if rotations == "auto":
-            _, rotations = enrolled_rows(read.values(), partial(self._encode_rows, region=None), keyed)
+            encode = partial(self._encode_rows, region=None, size=self.manifest.size_for(read.sizes))
+            _, rotations = enrolled_rows(read.values(), encode, keyed)
         most = max(1, (MOST_ROWS if max_patches is None else int(max_patches)) // len(read))
         kept = [
             rows_of(pixels, size, tile, self.encode, keyed, rotations, most)
@@ -112,6 +125,25 @@ class Enrolling(Model):
             map_offset=own.map_offset if own.scores else None,
             tile_scale=float(scale),
         )
+
+
+def looked_at(read: References, region: np.ndarray | None) -> References:
+    """What a model sees of photos: all of them, or the box of a region.
+
+    Raises:
+        PhotoError: If one has another shape than the region.
+    """
+    if region is None:
+        return read
+    for reference, size in zip(read, read.sizes, strict=True):
+        try:
+            check_fits(region, size)
+        except ValueError as error:  # noqa: PERF203  # it does not know the name
+            msg = f"{reference.name}: {error}"
+            raise PhotoError(msg) from error
+    boxes = [box_of(region, size) for size in read.sizes]
+    sizes = [(bottom - top, right - left) for top, left, bottom, right in boxes]
+    return read.seen(partial(cut_out, region=region), sizes)
 
 
 def read_photos(photos: Photos, bit_depth: BitDepth) -> tuple[Sequence[Photo], References]:

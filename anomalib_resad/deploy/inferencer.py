@@ -99,7 +99,8 @@ class ResADInferencer(Products):
         features, size = self._seen(photo, pixels, bank)
         moved = position is not None and position.has_moved(features[-1][0])
         if bank.region is not None:
-            for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
+            levels = self.manifest.levels_at(bank.image_size)
+            for level, values, known_rows in zip(levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
         return self._told(scores[0], maps[0, 0], size, moved, bank)
@@ -123,7 +124,7 @@ class ResADInferencer(Products):
         except PhotoError as error:
             msg = f"{name_of(photo)}: {error}"
             raise PhotoError(msg) from error
-        return self.encode(box[None]), size_of(photo)
+        return self.encode(box[None], bank.image_size), size_of(photo)
 
     def _told(self, raw: np.float32, raw_map: np.ndarray, size: Size, moved: bool, bank: Bank) -> Prediction:
         """What is told of a photo, given its raw score and map."""

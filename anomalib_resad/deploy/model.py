@@ -13,8 +13,9 @@ from anomalib_resad.deploy.bank_rows import is_whole
 from anomalib_resad.deploy.bank_store import BankStore, Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, banks_of, read_bundle
 from anomalib_resad.deploy.history import Step
-from anomalib_resad.deploy.runtime import Runtime
+from anomalib_resad.deploy.runtime import Runtime, canvas_of
 from anomalib_resad.deploy.watch import Watch
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.region import cells_inside, filled
 from anomalib_resad.enrollment.rotations import Rows
 
@@ -48,18 +49,25 @@ class Model:
         """Run one of the two models."""
         return self._runtime.run(file, inputs)
 
-    def encode(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level."""
-        return self._run(ENCODER, [pixels])
+    def encode(self, pixels: np.ndarray, size: Size | None = None) -> list[np.ndarray]:
+        """Features of photos of one size: uint8 ``(B, H, W, 3)`` to float32 ``(B, C_l, H_l, W_l)`` per level.
+
+        Args:
+            pixels (np.ndarray): The photos.
+            size (Size | None): Height and width that they are resized to, of a product that has a size of its own.
+        """
+        if self.manifest.area_side is None:
+            return self._run(ENCODER, [pixels])
+        return self._run(ENCODER, [pixels, canvas_of(size or self.manifest.image_size)])
 
     @property
     def products(self) -> list[str]:
         """Names of the enrolled products, sorted."""
         return self._store.products
 
-    def _encode_rows(self, pixels: np.ndarray, region: np.ndarray | None) -> Rows:
+    def _encode_rows(self, pixels: np.ndarray, region: np.ndarray | None, size: Size | None) -> Rows:
         """Rows of the patches that count, of a photo, or of the box of a region and of its rotated copies."""
-        features = self.encode((pixels if region is None else filled(pixels, region))[None])
+        features = self.encode((pixels if region is None else filled(pixels, region))[None], size)
         rows = [level[0].transpose(1, 2, 0) for level in features]  # (H_l, W_l, C_l)
         if region is None:
             return [np.ascontiguousarray(level.reshape(-1, level.shape[2])) for level in rows]

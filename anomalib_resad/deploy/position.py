@@ -59,7 +59,7 @@ def position_of(bank: Bank, manifest: Manifest) -> Position | None:
         bank (Bank): The bank.
         manifest (Manifest): The bundle's.
     """
-    count, level = len(bank.references), manifest.levels[-1]
+    count, level = len(bank.references), manifest.levels_at(bank.image_size)[-1]
     if bank.region is None or bank.rotations > 1 or count < 2:
         return None
     cells = cells_of(bank, level)

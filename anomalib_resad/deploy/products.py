@@ -10,12 +10,13 @@ import numpy as np
 
 from anomalib_resad.deploy.bank import Bank, BankError, EnrolledError, bank_file, product_name
 from anomalib_resad.deploy.bank_rows import rows_of_photos
-from anomalib_resad.deploy.enrolling import Enrolling, Photos, read_photos
+from anomalib_resad.deploy.enrolling import Enrolling, Photos, looked_at, read_photos
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError
 from anomalib_resad.enrollment.references import size_of
 from anomalib_resad.enrollment.region import RegionSource, read_region
@@ -100,8 +101,7 @@ class Products(Enrolling):
         if scale is not None:
             bank = self._tiled_bank(name, read, rotations, max_patches, _without_region(scale, mask))
         else:
-            features, orientations = self._features_of(read, rotations, mask)
-            bank = self._bank_of(name, features, orientations, read.bit_depth, max_patches, mask)
+            bank = self._new_bank(name, read, rotations, max_patches, mask)
         with self._store.changing(name):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
             before = self._earlier(name)
@@ -155,8 +155,9 @@ class Products(Enrolling):
     def add(self, name: str, photos: Photos) -> Bank:
         """Add good photos to a product; the bank is then as if all had been enrolled at once.
 
-        They are enrolled in as many orientations as those that are there, and have to be of their bit depth. Nothing is
-        lost where several threads or processes add to one product.
+        They are enrolled in as many orientations as those that are there, are resized to the size that was chosen from
+        the shapes of these, and have to be of their bit depth. Nothing is lost where several threads or processes add
+        to one product.
 
         Raises:
             ValueError: If the product is not enrolled, or version 0.1.0 thinned out its bank.
@@ -166,13 +167,14 @@ class Products(Enrolling):
         before = self._whole_bank(name)
         name = before.product
         _, read = read_photos(photos, before.bit_depth)
-        added, _ = self._features_of(read, before.rotations, before.region)
+        read = looked_at(read, before.region)
+        added, _ = self._features_of(read, before.rotations, before.region, before.image_size)
         with self._store.changing(name):
             bank = self._whole_bank(name)
-            if (bank.rotations, bank.bit_depth) != (before.rotations, before.bit_depth):
+            if _way_of(bank) != _way_of(before):
                 msg = (
                     f"{name!r} was enrolled anew meanwhile, in {bank.rotations} orientations, of {bank.bit_depth} bits "
-                    "a channel. Add the photos again."
+                    "a channel, or of photos of another shape. Add the photos again."
                 )
                 raise BankError(msg)
             _check_same(name, bank.region, before.region)
@@ -239,6 +241,11 @@ class Products(Enrolling):
                 msg = f"{name!r} has one photo, which nothing can be compared with. Add a good photo first."
                 raise ValueError(msg)
             return self._store.write(bank.with_rate(rate, self.manifest.scatter), "threshold")
+
+
+def _way_of(bank: Bank) -> tuple[int, int, Size | None]:
+    """How photos become rows of a bank, which all of them have to share."""
+    return bank.rotations, bank.bit_depth, bank.image_size
 
 
 def _region_of(region: Photo, photos: Iterable[Photo]) -> np.ndarray | None:

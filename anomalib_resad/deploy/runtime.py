@@ -13,6 +13,7 @@ import openvino as ov
 
 from anomalib_resad.deploy.bundle import FILES, BundleError
 from anomalib_resad.enrollment.checks import is_count
+from anomalib_resad.enrollment.image_size import Size
 
 # OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
 # a photo. Most products have photos of one size.
@@ -97,3 +98,8 @@ class Runtime:
             free.put(compiled.create_infer_request())
         del self._files[file], self._files[weights]
         return free
+
+
+def canvas_of(size: Size) -> np.ndarray:
+    """The second input of an encoder that resizes to any size: its height and width alone count."""
+    return np.zeros(size, dtype=np.uint8)

@@ -29,10 +29,10 @@ class References(Mapping[Reference, np.ndarray]):
         self.bit_depth = bit_depth
         self.sizes = list(sizes)
 
-    def seen(self, look: Callable[[np.ndarray], np.ndarray]) -> "References":
-        """The same photos with other pixels, such as the box of a region."""
+    def seen(self, look: Callable[[np.ndarray], np.ndarray], sizes: Sequence[Size]) -> "References":
+        """The same photos with other pixels, such as the box of a region, and the sizes of these."""
         readers = {each: partial(_seen, reader, look) for each, reader in self._readers.items()}
-        return References(readers, self.bit_depth, self.sizes)
+        return References(readers, self.bit_depth, sizes)
 
     def __getitem__(self, reference: Reference) -> np.ndarray:
         """Pixels of a photo, uint8, shape ``(H, W, 3)``.

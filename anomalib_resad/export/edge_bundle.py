@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,62 +16,25 @@ import numpy as np
 import openvino as ov
 import torch
 from anomalib.pre_processing import PreProcessor
-from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch import Tensor
 
 from anomalib_resad.checkpoint import load_checkpoint
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, Manifest, Precision, Scale
+from anomalib_resad.deploy.runtime import canvas_of
 from anomalib_resad.enrollment.files import content_hash
+from anomalib_resad.enrollment.image_size import size_of_photos
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
+from anomalib_resad.export.halves import encoder_inputs, follows_shape, size_of, stride_of, trace
 from anomalib_resad.export.quantization import quantize_encoder
 from anomalib_resad.export.replacing import bundle_folder, check_output
 from anomalib_resad.lightning_model import ResAD
-from anomalib_resad.method.features import as_list, from_list, rows_from_list, to_rows
 from anomalib_resad.method.presets import ARCHITECTURE
 from anomalib_resad.method.reference_bank import GROUP
 from anomalib_resad.post_processor import RankKeepingPostProcessor
+from anomalib_resad.pre_processor import with_size
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("anomalib-resad", "anomalib", "torch", "timm", "openvino")
-MOST_SIDE = 1 << 16
-
-
-class Encoder(nn.Module):
-    """Photos as they come from a file to features: uint8 ``(B, H, W, 3)`` to one ``(B, C_l, H_l, W_l)`` per level."""
-
-    def __init__(self, model: ResAD) -> None:
-        super().__init__()
-        self.resize_and_normalize = _export_transform(model)
-        self.model = model.model
-
-    def forward(self, photos: Tensor) -> tuple[Tensor, ...]:
-        """Encode photos."""
-        images = photos.permute(0, 3, 1, 2).float() / 255
-        return tuple(as_list(self.model.encode(self.resize_and_normalize(images))))
-
-
-class Detector(nn.Module):
-    """Features and the rows of a bank, level by level, to raw scores ``(B,)`` and maps ``(B, 1, H, W)``."""
-
-    def __init__(self, model: ResAD, image_size: Sequence[int]) -> None:
-        super().__init__()
-        self.model = model.model
-        self.image_size = tuple(image_size)
-
-    def forward(self, features: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Score features."""
-        keyed = self.model.bank.keyed
-        result = self.model.detect(from_list(features, keyed), rows_from_list(rows, keyed), self.image_size)
-        assert result.pred_score is not None
-        assert result.anomaly_map is not None
-        return result.pred_score, result.anomaly_map
-
-
-def _export_transform(model: ResAD) -> nn.Module:
-    """Resizing and normalization, in operations that every runtime has."""
-    assert isinstance(model.pre_processor, PreProcessor)
-    assert isinstance(model.pre_processor.export_transform, nn.Module)
-    return model.pre_processor.export_transform
 
 
 def load_model(checkpoint: Path | str) -> ResAD:
@@ -87,38 +49,18 @@ def load_model(checkpoint: Path | str) -> ResAD:
     if model.pre_processor is None or model.post_processor is None:
         msg = f"{checkpoint} has no pre- or post-processor; a bundle holds both. Train it with the default ones."
         raise ValueError(msg)
-    if model.model.encoder.backbone.area_side is not None:
-        msg = f"{checkpoint} keeps the shape of photos (image_size='auto'), which bundles cannot. Train it with a size."
-        raise ValueError(msg)
     return model
-
-
-def _size_of(model: ResAD) -> list[int]:
-    """Height and width that photos are resized to."""
-    return list(_export_transform(model)(torch.zeros(1, 3, 64, 64)).shape[-2:])
-
-
-def trace(model: ResAD) -> tuple[ExportedProgram, ExportedProgram, tuple[Level, ...]]:
-    """Trace both halves with batch, photo size and bank of any size, and read the levels off the tensors."""
-    batch = Dim("batch", min=1, max=4096)
-    sides = Dim("height", min=1, max=MOST_SIDE), Dim("width", min=1, max=MOST_SIDE)
-    photos = torch.zeros(2, 96, 80, 3, dtype=torch.uint8)
-    encoder = Encoder(model)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced_encoder = torch.export.export(encoder, (photos,), dynamic_shapes=({0: batch, 1: sides[0], 2: sides[1]},))
-        features = list(encoder(photos))
-        rows = [to_rows(level)[: 2 * GROUP] for level in features]
-        rows = [torch.cat([level, level[:1].expand(2 * GROUP - len(level), -1)]) for level in rows]
-        counts = [{0: GROUP * Dim(f"groups_{level}", min=1, max=1 << 24)} for level in range(len(rows))]
-        shapes = ([{0: batch} for _ in features], counts)
-        traced_detector = torch.export.export(Detector(model, _size_of(model)), (features, rows), dynamic_shapes=shapes)
-    return traced_encoder, traced_detector, tuple(Level(*level.shape[1:]) for level in features)
 
 
 def model_hash(model: ResAD) -> str:
     """SHA-256 of everything that makes a feature or a score but the bank and the threshold."""
-    digest = hashlib.sha256(repr((model.pre_processor.transform, _size_of(model))).encode())  # type: ignore[union-attr]
+    assert isinstance(model.pre_processor, PreProcessor)
+    size, transform = size_of(model), model.pre_processor.transform
+    if follows_shape(model):  # whatever the shape of the product that the checkpoint may hold
+        transform = with_size(transform, size)
+    digest = hashlib.sha256(repr((transform, list(size))).encode())
+    if follows_shape(model):
+        digest.update(b"in the shape of the photos")
     digest.update(repr({name: model.hparams[name] for name in ("backbone", "layers", *ARCHITECTURE)}).encode())
     for name, value in model.model.state_dict().items():
         if isinstance(value, Tensor) and not name.startswith("bank."):
@@ -154,10 +96,11 @@ def _quiet(name: str) -> Iterator[None]:
 def convert(model: ResAD) -> tuple[ov.Model, ov.Model, tuple[Level, ...]]:
     """Both halves as OpenVINO models in float32."""
     traced_encoder, traced_detector, levels = trace(model)
+    inputs = encoder_inputs(model)
     features = [f"features_{number}" for number in range(len(levels))]
     rows = [f"rows_{number}" for number in range(len(levels))]
     with _quiet("torch.export"):
-        encoder = _named(ov.convert_model(traced_encoder), ["photos"], features)
+        encoder = _named(ov.convert_model(traced_encoder), inputs, features)
         detector = _named(ov.convert_model(traced_detector), [*features, *rows], ["score", "map"])
     return encoder, detector, levels
 
@@ -221,11 +164,20 @@ def write_bundle(
     half = precision != "fp32"
     with bundle_folder(Path(output), replace) as (folder, finish):
         if calibration is not None:
-            encoder = quantize_encoder(encoder, calibration_photos(calibration))
+            photos = calibration_photos(calibration)
+            encoder = quantize_encoder(encoder, [_as_inputs(model, each) for each in photos])
         _save(encoder, folder / ENCODER, half, Path(output))
         _save(detector, folder / DETECTOR, half, Path(output))
         finish(_manifest(model, precision, levels, folder))
     return Path(output)
+
+
+def _as_inputs(model: ResAD, photo: np.ndarray) -> list[np.ndarray]:
+    """What an encoder takes, of a photo of a product whose photos all have its shape."""
+    side = model.model.encoder.backbone.area_side
+    if side is None:
+        return [photo]
+    return [photo, canvas_of(size_of_photos([(photo.shape[1], photo.shape[2])], side, stride_of(model)))]
 
 
 def _save(model: ov.Model, path: Path, half: bool, output: Path) -> None:
@@ -250,7 +202,7 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
     if not isinstance(post, RankKeepingPostProcessor):
         msg = f"The post-processor is {type(post).__name__}; a bundle normalizes as RankKeepingPostProcessor does."
         raise ValueError(msg)  # noqa: TRY004  # the checkpoint is at fault, not the caller's types
-    height, width = _size_of(model)
+    height, width = size_of(model)
     # Of the source, not of a product that the checkpoint may hold: a bundle is for all products.
     threshold, map_threshold = post.source_thresholds
     return Manifest(
@@ -270,4 +222,6 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         weights=model.model.encoder.backbone.origin,
         searched=float(model.model.bank.share),
         spread=None if torch.isnan(post.spread) else float(post.spread),
+        area_side=model.model.encoder.backbone.area_side,
+        stride=stride_of(model) if follows_shape(model) else None,
     )

@@ -31,7 +31,8 @@ from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.photos import list_photos
 from anomalib_resad.enrollment.ranking import auroc
 from anomalib_resad.enrollment.references import read_references
-from anomalib_resad.export.edge_bundle import convert, load_model, trace, write_bundle
+from anomalib_resad.export.edge_bundle import convert, load_model, write_bundle
+from anomalib_resad.export.halves import encoder_inputs, trace
 from anomalib_resad.few_shot_references import store
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.bank_record import BankRecord
@@ -119,7 +120,10 @@ def write_onnx(model: ResAD, folder: Path) -> None:
     """Both halves as ONNX files."""
     encoder, detector, levels = trace(model)
     features, rows = ([f"{kind}_{level}" for level in range(len(levels))] for kind in ("features", "rows"))
-    parts = ((ENCODER, encoder, ["photos"], features), (DETECTOR, detector, [*features, *rows], ["score", "map"]))
+    parts = (
+        (ENCODER, encoder, encoder_inputs(model), features),
+        (DETECTOR, detector, [*features, *rows], ["score", "map"]),
+    )
     for name, traced, inputs, outputs in parts:
         path = (folder / name).with_suffix(".onnx")
         torch.onnx.export(

@@ -4,13 +4,16 @@
 
 import logging
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 import openvino as ov
 from openvino import Node
 
+Input: TypeAlias = np.ndarray | list[np.ndarray]  # of a model, the latter of one with several
 
-def quantize_encoder(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model:
+
+def quantize_encoder(model: ov.Model, photos: Iterable[Input]) -> ov.Model:
     """Quantize the convolutions of a backbone to 8 bits, but the first; everything else keeps its precision.
 
     The first convolution sees the photo itself. With it, the features of a ResNet-18 are twice as far from the exact
@@ -18,7 +21,7 @@ def quantize_encoder(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model:
 
     Args:
         model (ov.Model): Photo to features.
-        photos (Iterable[np.ndarray]): Calibration photos, as the model takes them.
+        photos (Iterable[Input]): Calibration photos, as the model takes them.
 
     Returns:
         ov.Model: The quantized model.
@@ -50,7 +53,7 @@ def _before_matching(model: ov.Model) -> set[str]:
     return found
 
 
-def _quantize(model: ov.Model, photos: Iterable[np.ndarray], among: set[str]) -> ov.Model:
+def _quantize(model: ov.Model, photos: Iterable[Input], among: set[str]) -> ov.Model:
     import nncf  # noqa: PLC0415  # slow to import, and seldom needed
 
     names = [node.get_friendly_name() for node in model.get_ordered_ops() if _is_convolution(node)]

@@ -5,6 +5,7 @@
 from pathlib import Path
 
 from anomalib_resad.deploy.bundle import Precision
+from anomalib_resad.enrollment.image_size import DEFAULT, ImageSize
 from anomalib_resad.export.edge_bundle import export_bundle
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.backbone_weights import PACKAGES, PYPI, read_weights
@@ -29,6 +30,7 @@ def export_ready(
     precision: Precision = "fp32",
     calibration: Path | None = None,
     replace: bool = False,
+    image_size: ImageSize = DEFAULT,
 ) -> Path:
     """Write a bundle without a checkpoint.
 
@@ -39,6 +41,7 @@ def export_ready(
         precision (Precision): As of :func:`export_bundle`.
         calibration (Path | None): As of :func:`export_bundle`.
         replace (bool): As of :func:`export_bundle`.
+        image_size (ImageSize): What photos are resized to, see :mod:`anomalib_resad.enrollment.image_size`.
 
     Raises:
         ValueError: As of :func:`export_bundle`, and if timm has no such backbone, or its weights do not fit.
@@ -48,5 +51,6 @@ def export_ready(
         RuntimeError: If timm's weights cannot be had.
         OSError: As of :func:`export_bundle`.
     """
-    model = ResAD(backbone, weights=weights or default_weights(backbone), checkpoint=READY, visualizer=False).eval()
-    return export_bundle(model, output, precision, calibration, replace)
+    given = weights or default_weights(backbone)
+    model = ResAD(backbone, weights=given, image_size=image_size, checkpoint=READY, visualizer=False)
+    return export_bundle(model.eval(), output, precision, calibration, replace)

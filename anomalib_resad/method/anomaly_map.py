@@ -21,7 +21,8 @@ class AnomalyMapGenerator(nn.Module):
         sigma (float): Standard deviation of the Gaussian smoothing in pixels; 4 at 224 pixels in the published code,
             0 for none.
         top_share (float): The score is the mean of this share of the patches of a single level, the most anomalous
-            ones, before they are smoothed, which hides small defects; 0 takes the maximum of the map (both papers).
+            ones, before they are smoothed, which hides small defects: one of an even number, such as 0.01; 0 takes the
+            maximum of the map (both papers).
     """
 
     def __init__(self, sigma: float = 4.0, top_share: float = 0.0) -> None:
@@ -42,16 +43,14 @@ class AnomalyMapGenerator(nn.Module):
         height, width = image_size
         anomaly_map = torch.stack(
             [
-                self._enlarge(level, level.shape[-2], int(height)).T
-                @ level
-                @ self._enlarge(level, level.shape[-1], int(width))
+                self._enlarge(level, level.shape[-2], height).T @ level @ self._enlarge(level, level.shape[-1], width)
                 for level in anomalies
             ]
         ).sum(dim=0)[:, None]  # (B, 1, H, W)
         if not self.top_share:
             return anomaly_map.amax(dim=(1, 2, 3)), anomaly_map
         (patches,) = (level.flatten(1) for level in anomalies)
-        most = max(1, round(self.top_share * patches.shape[1]))
+        most = _rounded_share(patches.shape[1], round(1 / self.top_share))
         return patches.topk(most, dim=1).values.mean(dim=1), anomaly_map
 
     def _enlarge(self, like: Tensor, patches: int, pixels: int) -> Tensor:
@@ -67,3 +66,14 @@ class AnomalyMapGenerator(nn.Module):
             margin = weights.shape[-1] // 2
             units = F.conv1d(F.pad(units, (margin, margin), mode=self.blur.border_type), weights)
         return units.squeeze(1)
+
+
+def _rounded_share(count: int, divisor: int) -> int:
+    """``max(1, round(count / divisor))`` of an even divisor.
+
+    With integer additions and divisions alone, because ``count`` is symbolic in an export for photos of any shape, and
+    OpenVINO has no rule for the rounding and the maximum of such numbers.
+    """
+    is_odd = count // divisor - 2 * (count // (2 * divisor))  # `round` takes a half to the even number
+    rounded = (count + divisor // 2 - 1 + is_odd) // divisor
+    return rounded + 1 // (rounded + 1)  # 1 instead of 0

@@ -105,7 +105,12 @@ def nearest(features: Tensor, rows: Tensor, metric: Metric = "l2", row_keys: Ten
     exporting = torch.compiler.is_compiling()
     places = features.permute(0, 2, 3, 1)  # as rows lie: transposed once, however many strips there are
     axis, size = (1, -(-STRIP // features.shape[3])) if exporting else (0, 1)
-    parts = [_nearest_of_part(part, rows, metric, row_keys) for part in places.split(size, dim=axis)]
+    if isinstance(features.shape[2], int):
+        split = list(places.split(size, dim=axis))
+    else:  # of an export for photos of any shape: the number of strips must be known
+        middle = features.shape[2] // 2
+        split = [places[:, :middle], places[:, middle:]]
+    parts = [_nearest_of_part(part, rows, metric, row_keys) for part in split]
     matched = parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
     return matched.permute(0, 3, 1, 2)
 

@@ -21,10 +21,7 @@ def self_similarity_distance(keys: Tensor) -> Tensor:
         Tensor: Shape ``(B, H, W)``; 4, the largest possible, where there is nothing elsewhere.
     """
     batch, count, height, width = keys.shape
-    margin = min(height, width) // 14
-    rows, columns = (torch.arange(side, device=keys.device) for side in (height, width))
-    near_rows = (rows[:, None] - rows[None, ::2]).abs() <= margin
-    near_columns = (columns[:, None] - columns[None, ::2]).abs() <= margin
+    near_rows, near_columns = (_near(side, (height // 14, width // 14), keys.device) for side in (height, width))
     near = near_rows[:, None, :, None] & near_columns[None, :, None, :]  # (H, W, H / 2, W / 2)
     highest = 1 - 2 * near.reshape(height * width, -1).to(keys)  # cosine: -1 rules out
     exporting = torch.compiler.is_compiling()
@@ -35,3 +32,13 @@ def self_similarity_distance(keys: Tensor) -> Tensor:
         cosines = places.reshape(part.shape[0], -1, count) @ some.transpose(1, 2)
         nearest.append(torch.minimum(cosines, highest).amax(dim=2))
     return (2 - 2 * torch.cat(nearest)).clamp(min=0).reshape(batch, height, width)
+
+
+def _near(side: int, margins: tuple[int, int], device: torch.device) -> Tensor:
+    """Which of every second position along a side are within both margins of each position.
+
+    Both are asked for rather than their minimum, which OpenVINO cannot take of sides that an export leaves open.
+    """
+    positions = torch.arange(side, device=device)
+    away = (positions[:, None] - positions[None, ::2]).abs()
+    return (away <= margins[0]) & (away <= margins[1])
