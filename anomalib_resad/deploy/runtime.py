@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from anomalib_resad.deploy.bundle import FILES, BundleError
+from anomalib_resad.deploy.bundle import ENCODER, FILES, BundleError
 from anomalib_resad.enrollment.checks import is_count
 
 # OpenVINO keeps what it prepared for the last shapes that it saw, 5,000 of them by default: up to 1 MB for each size of
@@ -26,14 +26,16 @@ class Runtime:
         files (Mapping[str, bytes]): Content of the files of a bundle.
         device (str): OpenVINO device.
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
+        bfloat16 (bool): Whether a CPU may compute in it what of the encoder is not marked to stay in float32.
 
     Raises:
         ValueError: If there is no such device, or the number is impossible.
     """
 
-    def __init__(self, files: Mapping[str, bytes], device: str, threads: int | None) -> None:
+    def __init__(self, files: Mapping[str, bytes], device: str, threads: int | None, bfloat16: bool = False) -> None:
         self._files = {name: files[name] for name in FILES}
         self._device = device
+        self._encoder_config = {"INFERENCE_PRECISION_HINT": "bf16"} if bfloat16 and device == "CPU" else {}
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
         if threads is not None and not is_count(threads):
             msg = f"threads={threads!r} must be a whole number of at least 1, or None to leave it to OpenVINO."
@@ -68,7 +70,8 @@ class Runtime:
                 weights = Path(file).with_suffix(".bin").name
                 try:
                     model = self._core.read_model(self._files[file], self._files[weights])
-                    compiled = self._core.compile_model(model, self._device, self._config)
+                    config = self._config | (self._encoder_config if file == ENCODER else {})
+                    compiled = self._core.compile_model(model, self._device, config)
                 except RuntimeError as error:
                     msg = f"OpenVINO cannot run {file} on {self._device}: {str(error).strip().splitlines()[-1]}"
                     raise BundleError(msg) from error
