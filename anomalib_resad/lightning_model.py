@@ -276,8 +276,8 @@ class ResAD(AnomalibModule):
     ) -> Path:
         """Export to OpenVINO as anomalib does, in float32 on every device, with the thresholds beside the model.
 
-        Where OpenVINO chooses bfloat16 by itself, a plain export finds other references and other maps. ``INT8_PTQ``
-        quantizes the backbone's convolutions alone. See anomalib's method for the arguments.
+        In bfloat16 it would find other references and other maps. ``FP16`` and ``INT8_PTQ`` leave the precision of a
+        convolutional backbone, and of nothing else, to the device; ``INT8_PTQ`` quantizes its convolutions.
 
         Raises:
             ValueError: If ``compression_type`` is ``INT8`` or ``INT8_ACQ``, or ``INT8_PTQ`` finds nothing to quantize.
@@ -286,7 +286,7 @@ class ResAD(AnomalibModule):
         # anomalib's opset 14 fails and falls back to 18, with a traceback.
         kwargs["onnx_kwargs"] = {"opset_version": 18} | (kwargs.get("onnx_kwargs") or {})
         path = super().to_openvino(export_root, model_file_name, input_size, compression_type, **kwargs)
-        finish_openvino(path, self.model, self.pre_processor, self.post_processor)
+        finish_openvino(path, self.model, self.pre_processor, self.post_processor, compression_type is not None)
         return path
 
     @staticmethod

@@ -137,7 +137,7 @@ def speed(
     seed: int = 0,
     device: str | None = None,
 ) -> None:
-    """Measure and write ``speed.csv`` and ``speed.json``.
+    """Measure and write ``speed.csv`` and ``speed.json``; rows of other backbones that are there stay.
 
     Args:
         output: Folder to write to.
@@ -154,26 +154,41 @@ def speed(
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     references = torch.randn(shots, 3, 224, 224)
-    rows: list[Row] = []
+    rows = kept_rows_of_others(output / "speed.csv", backbones)
     for backbone in backbones:
         models, others = known(backbone, variants, references), rivals(backbone, ratios, references)
-        if device is not None:
-            rows += device_rows(backbone, {**models, **others}, batches, repeats, device)
-        else:
-            for batch in batches:
-                rows += torch_rows(backbone, models, others, batch, repeats)
-            rows += openvino_rows(backbone, models, others, batches, repeats, threads)
-            rows += training_rows(backbone, references, repeats)
-            rows += other_rows(backbone, repeats)
         settings = {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed}
-        write(output, rows, settings | ({} if device is None else {"device": device_name(device)}))
+        if device is not None:
+            parts = [partial(device_rows, backbone, {**models, **others}, batches, repeats, device)]
+            settings |= {"device": device_name(device)}
+        else:
+            parts = [partial(torch_rows, backbone, models, others, batch, repeats) for batch in batches]
+            parts += [
+                partial(openvino_rows, backbone, models, others, batches, repeats, threads),
+                partial(training_rows, backbone, references, repeats),
+                partial(other_rows, backbone, repeats),
+            ]
+        for part in parts:
+            rows += part()
+            write(output, rows, settings)
     show(rows)
+
+
+def kept_rows_of_others(path: Path, backbones: tuple[str, ...]) -> list[Row]:
+    """Rows of backbones that are not to be measured."""
+    if not path.is_file():
+        return []
+    table = pd.read_csv(path).astype(object)
+    others = table[~table["backbone"].isin(backbones)]
+    return [
+        {str(key): value for key, value in row.items()} for row in others.where(others.notna(), None).to_dict("records")
+    ]
 
 
 def write(output: Path, rows: list[Row], settings: dict[str, Any]) -> None:
     """Write what was measured so far, and with what."""
     output.mkdir(parents=True, exist_ok=True)
-    fields = ["backbone", "runtime", "batch", "item", "ms", "ratio", "peak_mb", "bank_mb"]
+    fields = ["backbone", "runtime", "batch", "item", "ms", "ratio", "ratio_low", "ratio_high", "peak_mb", "bank_mb"]
     table = pd.DataFrame(rows, columns=fields).to_csv(index=False, float_format="%.4g")
     write_whole(output / "speed.csv", table.encode())
     about = settings | {
@@ -189,10 +204,10 @@ def write(output: Path, rows: list[Row], settings: dict[str, Any]) -> None:
 
 def show(rows: list[Row]) -> None:
     """Print the table."""
-    table = Table("backbone", "runtime", "batch", "item", "ms", "x backbone", "peak MB", "bank MB")
+    table = Table("backbone", "runtime", "batch", "item", "ms", "x backbone", "quartiles", "", "peak MB", "bank MB")
     for row in rows:
-        figures = (row.get(key) for key in ("ms", "ratio", "peak_mb", "bank_mb"))
-        formats = ("{:.1f}", "{:.2f}", "{:.0f}", "{:.1f}")
+        figures = (row.get(key) for key in ("ms", "ratio", "ratio_low", "ratio_high", "peak_mb", "bank_mb"))
+        formats = ("{:.1f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.0f}", "{:.1f}")
         cells = [form.format(value) if value is not None else "" for form, value in zip(formats, figures, strict=True)]
         table.add_row(row["backbone"], row["runtime"], str(row["batch"]), row["item"], *cells)
     Console(width=120).print(table)

@@ -4,9 +4,9 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.models import Patchcore
 from rich.progress import track
@@ -24,7 +24,7 @@ ROTATED = "fused, rotated product"
 
 
 def in_turn(actions: Actions, repeats: int, what: str) -> list[Row]:
-    """Time actions in turn; a ratio is the median over the rounds, each to the first action's time of that round."""
+    """Time actions in turn: medians over the rounds; of the ratios to a round's first action the quartiles too."""
     rounds: list[list[float]] = []
     for _ in track(range(repeats + 1), what, transient=True):
         times = []
@@ -33,10 +33,11 @@ def in_turn(actions: Actions, repeats: int, what: str) -> list[Row]:
             action()
             times.append(1000 * (time.perf_counter() - start))
         rounds.append(times)
-    counted = rounds[1:]  # the first round warms up
+    counted = np.array(rounds[1:])  # the first round warms up
+    ratios = np.quantile(counted / counted[:, :1], (0.25, 0.5, 0.75), axis=0)  # (3, actions)
     return [
-        {"item": name, "ms": median(times[i] for times in counted), "ratio": median(t[i] / t[0] for t in counted)}
-        for i, name in enumerate(actions)
+        {"item": name, "ms": ms, "ratio": ratio, "ratio_low": low, "ratio_high": high}
+        for name, ms, low, ratio, high in zip(actions, np.median(counted, axis=0), *ratios, strict=True)
     ]
 
 

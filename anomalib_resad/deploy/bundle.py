@@ -21,7 +21,8 @@ from anomalib_resad.enrollment.image_size import Size, size_of_photos
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.enrollment.thresholds import is_threshold
 
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+REDUCED = ("bf16", "int8")  # precisions with features of their own
 FORMAT = 1
 MANIFEST = "manifest.json"
 ENCODER, DETECTOR = "encoder.xml", "detector.xml"
@@ -85,7 +86,7 @@ class Manifest:
 
     Attributes:
         model (str): SHA-256 of weights and settings, the same for every precision and every export of one model.
-        precision (Precision): How the weights are stored: 32 or 16 bits, or an encoder of 8 bits.
+        precision (Precision): How the weights are stored, 32 or 16 bits; or what the backbone is computed in.
         backbone (str): Name of the backbone.
         image_size (tuple[int, int]): Height and width of the maps.
         levels (tuple[Level, ...]): The levels of the features.
@@ -159,8 +160,8 @@ class Manifest:
 
     @property
     def encoder(self) -> str:
-        """What a bank must have been made with: features of other weights, or of 8 bits, are other features."""
-        return f"{self.model}/{'int8' if self.precision == 'int8' else 'float'}"
+        """What a bank must have been made with: features of other weights, or of fewer bits, are other features."""
+        return f"{self.model}/{self.precision if self.precision in REDUCED else 'float'}"
 
     def size_for(self, sizes: Iterable[Size]) -> Size | None:
         """The size of its own that a product has, by the sizes of its good photos; ``None`` if all have one size."""

@@ -40,7 +40,7 @@ class Model:
         self.banks = banks_of(self.bundle, banks)
         self.device = device
         self.size = sum(map(len, files.values()))
-        self._runtime = Runtime(files, device, threads, streams)
+        self._runtime = Runtime(files, device, threads, streams, self.manifest.precision == "bf16")
         # One more photo is decoded than is computed; a single stream takes photo after photo.
         self.in_flight = 1 if streams == 1 else int(streams) + 1
         self._store = BankStore(self.banks, self.manifest, Watch(self.bundle, files[MANIFEST]), most_loaded)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from anomalib_resad.deploy.bundle import FILES, BundleError
+from anomalib_resad.deploy.bundle import ENCODER, FILES, BundleError
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.image_size import Size
 
@@ -30,12 +30,20 @@ class Runtime:
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
         streams (int): How many run at the same time; further ones wait. A single one has all CPU threads, several
             share them, so that more is done in a second, and each takes longer.
+        bfloat16 (bool): Whether a CPU may compute in it what of the encoder is not marked to stay in float32.
 
     Raises:
         ValueError: If there is no such device, or a number is impossible.
     """
 
-    def __init__(self, files: Mapping[str, bytes], device: str, threads: int | None, streams: int = 1) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        device: str,
+        threads: int | None,
+        streams: int = 1,
+        bfloat16: bool = False,
+    ) -> None:
         self._files = {name: files[name] for name in FILES}
         self._device = device
         if not is_count(streams):
@@ -46,6 +54,7 @@ class Runtime:
         self._config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", **hint}
         if streams > 1:
             self._config["PERFORMANCE_HINT_NUM_REQUESTS"] = self._streams
+        self._encoder_config = {"INFERENCE_PRECISION_HINT": "bf16"} if bfloat16 and device == "CPU" else {}
         if threads is not None and not is_count(threads):
             msg = f"threads={threads!r} must be a whole number of at least 1, or None to leave it to OpenVINO."
             raise ValueError(msg)
@@ -89,7 +98,8 @@ class Runtime:
         weights = Path(file).with_suffix(".bin").name
         try:
             model = self._core.read_model(self._files[file], self._files[weights])
-            compiled = self._core.compile_model(model, self._device, self._config)
+            config = self._config | (self._encoder_config if file == ENCODER else {})
+            compiled = self._core.compile_model(model, self._device, config)
         except RuntimeError as error:
             msg = f"OpenVINO cannot run {file} on {self._device}: {str(error).strip().splitlines()[-1]}"
             raise BundleError(msg) from error

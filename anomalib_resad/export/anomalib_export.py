@@ -61,12 +61,19 @@ def quantize(model: Any, datamodule: AnomalibDataModule | None) -> Any:  # noqa:
 
 
 def finish_openvino(
-    path: Path, model: ResADModel, pre_processor: nn.Module | None, post_processor: nn.Module | None
+    path: Path, model: ResADModel, pre_processor: nn.Module | None, post_processor: nn.Module | None, compressed: bool
 ) -> None:
-    """Rewrite an exported OpenVINO model so that every device computes in float32; see :func:`write_thresholds`."""
-    from anomalib_resad.deploy.float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+    """Rewrite an exported OpenVINO model so that every device computes in float32; see :func:`write_thresholds`.
 
-    rewrite_in_float32(path)
+    The precision of the backbone of a compressed model is left to the device.
+    """
+    from anomalib_resad.deploy.float32 import rewrite_in_float32  # noqa: PLC0415  # OpenVINO is an extra
+    from anomalib_resad.export.quantization import backbone_operations  # noqa: PLC0415
+
+    if compressed:
+        rewrite_in_float32(path, backbone_operations)
+    else:
+        rewrite_in_float32(path)
     write_thresholds(path, model, pre_processor, post_processor)
 
 

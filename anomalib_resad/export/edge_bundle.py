@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import openvino as ov
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from anomalib_resad.checkpoint import load_checkpoint
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, Manifest, Precision, Scale
+from anomalib_resad.deploy.float32 import rewrite_in_float32
 from anomalib_resad.deploy.runtime import canvas_of
 from anomalib_resad.enrollment.files import content_hash
 from anomalib_resad.enrollment.image_size import size_of_photos
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
 from anomalib_resad.export.halves import encoder_inputs, follows_shape, size_of, stride_of, trace
-from anomalib_resad.export.quantization import quantize_encoder
+from anomalib_resad.export.quantization import backbone_operations, quantize_encoder
 from anomalib_resad.export.replacing import bundle_folder, check_output
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.presets import ARCHITECTURE
@@ -126,8 +127,9 @@ def export_bundle(
     Args:
         checkpoint (Path | str | ResAD): A trained ResAD, or its file; a bank in it is not taken along.
         output (Path | str): New folder, or a bundle that is replaced.
-        precision (Precision): ``"fp32"``; ``"fp16"`` stores weights in half the space; ``"int8"`` also quantizes the
-            convolutions of the encoder. The matching and the head are computed in float32 always.
+        precision (Precision): ``"fp32"``; ``"fp16"`` stores weights in half the space; ``"bf16"`` also computes a
+            convolutional backbone in bfloat16 on CPUs that have it, ``"int8"`` its convolutions in 8 bits. The matching
+            and the head are computed in float32 always.
         calibration (Path | str | Sequence[Path] | None): Photos that ``"int8"`` is calibrated on, good ones of several
             products.
         replace (bool): Replace a bundle, see :mod:`anomalib_resad.export.replacing`.
@@ -143,8 +145,8 @@ def export_bundle(
     if (precision == "int8") != (calibration is not None):
         msg = f"precision='{precision}' with calibration={calibration}: int8, and only int8, needs photos to calibrate."
         raise ValueError(msg)
-    if precision not in ("fp32", "fp16", "int8"):
-        msg = f"precision='{precision}' is not known; use fp32, fp16 or int8."
+    if precision not in get_args(Precision):
+        msg = f"precision='{precision}' is not known; use {', '.join(get_args(Precision))}."
         raise ValueError(msg)
     check_output(Path(output), replace)
     model = checkpoint if isinstance(checkpoint, ResAD) else load_model(checkpoint)
@@ -167,6 +169,8 @@ def write_bundle(
             photos = calibration_photos(calibration)
             encoder = quantize_encoder(encoder, [_as_inputs(model, each) for each in photos])
         _save(encoder, folder / ENCODER, half, Path(output))
+        if precision == "bf16":
+            rewrite_in_float32(folder / ENCODER, backbone_operations)
         _save(detector, folder / DETECTOR, half, Path(output))
         finish(_manifest(model, precision, levels, folder))
     return Path(output)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Quantize the convolutions of a backbone to 8 bits with NNCF, and nothing else of a model."""
+"""Which operations are the backbone, and its convolutions in 8 bits with NNCF, and nothing else of a model."""
 
 import logging
 from collections.abc import Iterable
@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import openvino as ov
 from openvino import Node
+
+from anomalib_resad.deploy.plain_operations import is_constant
 
 Input: TypeAlias = np.ndarray | list[np.ndarray]  # of a model, the latter of one with several
 
@@ -37,13 +39,51 @@ def quantize_backbone(model: ov.Model, photos: Iterable[np.ndarray]) -> ov.Model
     return _quantize(model, photos, _before_matching(model))
 
 
+# Operations of one number each, which a backbone may end with.
+ELEMENTWISE = {"Add", "Multiply", "Relu", "PRelu", "Clamp", "Sigmoid", "Swish", "HSwish", "HSigmoid", "Gelu", "Elu"}
+
+
+def backbone_operations(model: ov.Model) -> set[str]:
+    """Names of the operations of a convolutional backbone; of a transformer, only what leads to its patches.
+
+    They are the convolutions before the matching, what lies between them, and what is behind the last ones until
+    something else is done than one number made of one or two others: levels are pooled, enlarged or transposed first.
+    What comes before the first one is the pre-processing, whose coordinates bfloat16 cannot hold.
+
+    Args:
+        model (ov.Model): Photo to score and map, or to features.
+    """
+    matched = _before_matching(model) or _ancestors(model.get_ops())
+    convolutions = [node for node in model.get_ops() if _is_convolution(node) and node.get_friendly_name() in matched]
+    before_one, first = _ancestors(convolutions), {node.get_friendly_name() for node in convolutions}
+    found: set[str] = set()
+    for node in model.get_ordered_ops():
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        values = [value.get_node() for value in node.input_values() if not is_constant(value.get_node())]
+        inputs = {each.get_friendly_name() for each in values}
+        squared = len(inputs) < len(values)  # for a length, which the matching needs
+        ends = bool(inputs) and inputs <= found and not squared and kind in ELEMENTWISE
+        if name in first or (name in before_one and inputs & found) or ends:
+            found.add(name)
+    for node in reversed(model.get_ordered_ops()):
+        ports = node.output(0).get_target_inputs() if is_constant(node) else ()
+        if found & {port.get_node().get_friendly_name() for port in ports}:
+            found.add(node.get_friendly_name())
+    return found
+
+
 def _is_convolution(node: Node) -> bool:
     return node.get_type_name() in ("Convolution", "GroupConvolution")
 
 
 def _before_matching(model: ov.Model) -> set[str]:
     """Names of the operations that a search for the nearest row depends on."""
-    waiting = [node for node in model.get_ops() if node.get_type_name() == "TopK"]
+    return _ancestors(node for node in model.get_ops() if node.get_type_name() == "TopK")
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[str]:
+    """Names of operations, and of all that they depend on."""
+    waiting = list(nodes)
     found: set[str] = set()
     while waiting:
         node = waiting.pop()

@@ -114,7 +114,8 @@ class EvidenceHead(Estimator):
         """
         logit = self.classifier(residuals.abs() * self.power.clamp(min=TINY).rsqrt())
         shortest = EQUAL * self.power.sum() + TINY
-        distances = torch.cat([residuals.square().sum(dim=1, keepdim=True), elsewhere[:, None]], dim=1)
+        lengths = torch.linalg.vector_norm(residuals, dim=1, keepdim=True)
+        distances = torch.cat([lengths.square(), elsewhere[:, None]], dim=1)
         return torch.cat([logit, torch.maximum(distances, shortest).log()], dim=1)
 
     def anomalies(self, residuals: Tensor, elsewhere: Tensor) -> Tensor:

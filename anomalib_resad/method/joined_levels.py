@@ -17,7 +17,7 @@ from anomalib_resad.method.features import Features
 
 def _of_length(length: float, x: Tensor) -> Tensor:
     """Scale vectors along the last axis. Exported, `F.normalize` would divide in every channel."""
-    return x * (length * x.square().sum(dim=-1, keepdim=True).clamp(min=1e-24).rsqrt())
+    return x * (length / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12))
 
 
 class JoinedLevels(nn.Module):
@@ -62,9 +62,9 @@ class JoinedLevels(nn.Module):
         grid = (height, width)
         share = len(levels) ** -0.5
         # Channels last before a level grows, for PyTorch. Then positions on one axis, for OpenVINO: for maps with two
-        # it chooses a layout that it leaves at a cost.
+        # it chooses a layout that it leaves at a cost. Channels are moved before that, which costs nothing there.
         last = [level.contiguous(memory_format=torch.channels_last) for level in levels]
-        places = [self._on_grid(level, grid).flatten(2).transpose(1, 2) for level in last]
+        places = [self._on_grid(level, grid).permute(0, 2, 3, 1).flatten(1, 2) for level in last]
         joined = torch.cat([_of_length(share, level) for level in places], dim=-1)
         keys = _of_length(1.0, joined @ self.directions.T)
         joined, keys = (rows.unflatten(1, grid).permute(0, 3, 1, 2) for rows in (joined, keys))
@@ -95,8 +95,8 @@ class JoinedLevels(nn.Module):
         """Pool a finer level, enlarge a coarser one."""
         if level.shape[-2] < grid[0]:
             return F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-        if level.shape[-2:] == grid:
-            return level
+        if level.shape[-2:] == grid and not torch.compiler.is_compiling():
+            return level  # exported, it is pooled one by one: OpenVINO rearranges what comes from a convolution itself
         times = level.shape[-2] // grid[0]
         if level.shape[-2:] == (times * grid[0], times * grid[1]):
             return F.avg_pool2d(level, times)  # the same numbers; OpenVINO has a fast one of these only
