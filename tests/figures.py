@@ -179,6 +179,19 @@ def by_tile_scale(path: Path, cells: list[str], column: str) -> list[float]:
     return [factor * float(row[name]) for name in OF_TILES[column].split()]
 
 
+def before_and_after_teaching(path: Path, cells: list[str], column: str) -> list[float]:
+    product, taught, marked = re.fullmatch(r"`?(\w+)`?, (\d) (marked|not marked)", cells[0]).groups()  # type: ignore[union-attr]
+    given = {"product": product, "taught": taught, "marked": str(marked == "marked")}
+    return [100 * float(the(records(path), when=when, **given)[TAUGHT[column]]) for when in ("before", "after")]
+
+
+TAUGHT = {
+    "AUROC": "auroc",
+    "found": "found",
+    "AUROC, other kinds": "auroc_others",
+    "found, other kinds": "found_others",
+    "false alarms": "false_alarms",
+}
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -201,4 +214,5 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "by consumer": by_consumer,
     "share that moved": share_that_moved,
     "by tile scale": by_tile_scale,
+    "before and after teaching": before_and_after_teaching,
 }

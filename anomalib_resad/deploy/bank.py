@@ -5,6 +5,7 @@
 import hashlib
 import json
 import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,9 @@ from anomalib_resad.enrollment.thresholds import is_threshold
 
 FORMAT = "resad-bank-2"
 FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, or of tiles: versions that know none refuse it
+FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 REGION = "region"  # its array
+TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which some are needed for the name of a temporary file
@@ -51,6 +54,8 @@ class Bank:
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
             references one after the other, each with those of its rotated copies; and of a product that has one,
             ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
+            Of a product that was taught defects also ``taught``, keys of their patches, shape ``(M, K)``, and
+            ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level that are searched; banks of 0.1.0 hold no others then.
         rotations (int): Orientations of each photo; 1 for photos as they are.
@@ -64,6 +69,7 @@ class Bank:
             ``None`` of a single photo, and if unknown.
         tile_scale (float | None): Photo pixels per pixel of the model, of photos that are looked at in tiles; then the
             rows are a selection; ``None`` for whole photos.
+        taught (tuple[Reference, ...]): Photos whose defects were taught, ordered by content.
     """
 
     product: str
@@ -79,6 +85,7 @@ class Bank:
     min_area: int = 0
     map_offset: float | None = None
     tile_scale: float | None = None
+    taught: tuple[Reference, ...] = ()
 
     @property
     def region(self) -> np.ndarray | None:
@@ -153,11 +160,12 @@ class Bank:
         added = {"min_area": json.dumps(self.min_area)} if self.min_area else {}
         added |= {} if self.tile_scale is None else {"tile_scale": json.dumps(self.tile_scale)}
         added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
+        added |= {"taught": _listed(self.taught)} if self.taught else {}
         return added | {
-            "format": FORMAT if self.region is None and self.tile_scale is None else FORMAT_OF_VIEW,
+            "format": format_of(self.arrays, added),
             "product": self.product,
             "encoder": self.encoder,
-            "references": json.dumps([[each.name, each.sha256] for each in self.references]),
+            "references": _listed(self.references),
             "threshold": json.dumps(self.threshold),
             "max_patches": json.dumps(self.max_patches),
             "rotations": json.dumps(self.rotations),
@@ -165,6 +173,17 @@ class Bank:
             "false_alarm_rate": json.dumps(self.false_alarm_rate),
             "leave_one_out": json.dumps(self.leave_one_out),
         }
+
+
+def format_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Format of a bank's file: a newer one only where an earlier version would leave something out."""
+    if TAUGHT in arrays:
+        return FORMAT_OF_TAUGHT
+    return FORMAT_OF_VIEW if REGION in arrays or "tile_scale" in metadata else FORMAT
+
+
+def _listed(photos: Iterable[Reference]) -> str:
+    return json.dumps([[each.name, each.sha256] for each in photos])
 
 
 def checksum_of(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

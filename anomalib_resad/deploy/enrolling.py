@@ -13,6 +13,7 @@ import numpy as np
 from anomalib_resad.deploy.bank import REGION, Bank
 from anomalib_resad.deploy.bank_rows import leave_one_out, padded
 from anomalib_resad.deploy.model import Model
+from anomalib_resad.deploy.taught import carried
 from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
 from anomalib_resad.enrollment.calibration import own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
@@ -46,7 +47,7 @@ class Enrolling(Model):
     def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
         """The same product of other photos."""
         kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region
-        changed = self._bank_of(bank.product, features, *kept)
+        changed = carried(self._bank_of(bank.product, features, *kept), bank, self.manifest)
         return changed.judged_as(bank, self.manifest.scatter)
 
     def _bank_of(

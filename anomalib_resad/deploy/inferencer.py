@@ -14,7 +14,7 @@ from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, BundleError
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
-from anomalib_resad.deploy.products import Products
+from anomalib_resad.deploy.teaching import Teaching
 from anomalib_resad.deploy.tiles import inspected, resized_to, scaled_size
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
@@ -23,7 +23,7 @@ from anomalib_resad.enrollment.region import cut_out
 from anomalib_resad.enrollment.thresholds import normalize
 
 
-class ResADInferencer(Products):
+class ResADInferencer(Teaching):
     """One exported model for all products; the device itself learns a new one from a few good photos.
 
     Safe to use from several threads, which wait for each other. Everything is computed in float32, whatever precision
@@ -77,7 +77,7 @@ class ResADInferencer(Products):
         return self._found(((photo, read_like(photo, known.bank.bit_depth)) for photo in photos), known)
 
     def _found(self, photos: Iterable[tuple[Photo, np.ndarray]], known: Loaded) -> list[Prediction]:
-        bank, rows, position = known
+        bank, rows, position, taught = known
         if bank.tile_scale is not None:
             found = [self._in_tiles(photo, pixels, known) for photo, pixels in photos]
             return [self._told(*each, False, bank) for each in found]
@@ -90,7 +90,10 @@ class ResADInferencer(Products):
             for level, values, known_rows in zip(self.manifest.levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
-        each_one = zip(scores, maps[:, 0], (size for _, size in encoded), moved, strict=True)
+        maps = maps[:, 0]
+        if taught is not None:
+            scores, maps = (raw + more for raw, more in zip((scores, maps), taught.raises(features[-1]), strict=True))
+        each_one = zip(scores, maps, (size for _, size in encoded), moved, strict=True)
         return [self._told(*each, bank) for each in each_one]
 
     def _in_tiles(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> tuple[np.float32, np.ndarray, Size]:
