@@ -20,11 +20,12 @@ from anomalib_resad.commands.inspect import inspect
 from anomalib_resad.commands.predict import predict
 from anomalib_resad.commands.products import enroll, products
 from anomalib_resad.commands.serve import serve
+from anomalib_resad.commands.teach import teach
 from anomalib_resad.commands.threshold import threshold
 from anomalib_resad.commands.watch import watch
 from anomalib_resad.deploy.messages import printable
 
-FLAGS = ("--replace", "--resume", "--add", "--model")
+FLAGS = ("--replace", "--resume", "--add", "--model", "--forget")
 VERBS: dict[str, Any] = {
     "inspect": inspect,
     "export": export,
@@ -33,6 +34,7 @@ VERBS: dict[str, Any] = {
     "products": products,
     "threshold": threshold,
     "check": check,
+    "teach": teach,
     "history": history,
     "undo": undo,
     "bake": bake,

@@ -185,6 +185,19 @@ def by_what_grows(path: Path, cells: list[str], column: str) -> list[float]:
     return [float(row["ratio" if "backbone" in column else "memory_mb"])]
 
 
+def before_and_after_teaching(path: Path, cells: list[str], column: str) -> list[float]:
+    product, taught, marked = re.fullmatch(r"`?(\w+)`?, (\d) (marked|not marked)", cells[0]).groups()  # type: ignore[union-attr]
+    given = {"product": product, "taught": taught, "marked": str(marked == "marked")}
+    return [100 * float(the(records(path), when=when, **given)[TAUGHT[column]]) for when in ("before", "after")]
+
+
+TAUGHT = {
+    "AUROC": "auroc",
+    "found": "found",
+    "AUROC, other kinds": "auroc_others",
+    "found, other kinds": "found_others",
+    "false alarms": "false_alarms",
+}
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -208,4 +221,5 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "share that moved": share_that_moved,
     "by tile scale": by_tile_scale,
     "by what grows": by_what_grows,
+    "before and after teaching": before_and_after_teaching,
 }

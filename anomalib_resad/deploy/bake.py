@@ -18,9 +18,10 @@ from openvino import opset13 as op
 from openvino.passes import ConstantFolding, Manager
 
 from anomalib_resad.deploy.bake_region import boxed, placed, settled
+from anomalib_resad.deploy.bake_taught import raised
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bank_rows import cells_of
-from anomalib_resad.deploy.bank_store import BankStore
+from anomalib_resad.deploy.bank_store import BankStore, Loaded
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, MANIFEST, Manifest, banks_of, read_bundle
 from anomalib_resad.deploy.float32 import save_in_float32
 from anomalib_resad.deploy.prediction import scales_of
@@ -75,9 +76,10 @@ def bake(
     manifest, files = read_bundle(folder)
     watch = Watch(folder, files[MANIFEST])
     store = BankStore(banks_of(folder, banks), manifest, watch, most_loaded=1)
-    bank, rows, _ = store.load(product)
+    known = store.load(product)
+    bank = known.bank
     _check(manifest, bank)
-    model = _join(files, manifest, bank, rows, pixels, color)
+    model = _join(files, manifest, known, pixels, color)
     _judge(model, manifest, bank)
     _fold(model)
     for path, value in _information(manifest, bank, pixels, color).items():
@@ -108,13 +110,12 @@ def _check(manifest: Manifest, bank: Bank) -> None:
 def _join(
     files: Mapping[str, bytes],
     manifest: Manifest,
-    bank: Bank,
-    rows: list[np.ndarray],
+    known: Loaded,
     pixels: Pixels,
     color: Color,
 ) -> ov.Model:
     """Photos to raw scores and maps, the two results of the model."""
-    core = ov.Core()
+    core, bank, rows = ov.Core(), known.bank, known.rows
     encoder, detector = (
         core.read_model(files[name], files[str(Path(name).with_suffix(".bin"))]) for name in (ENCODER, DETECTOR)
     )
@@ -127,13 +128,17 @@ def _join(
     features = [result.input_value(0) for result in encoder.get_results()]
     if bank.region is not None:
         features = [
-            settled(values, known_rows[0], cells_of(bank, level))
-            for values, known_rows, level in zip(features, rows, manifest.levels_at(bank.image_size), strict=True)
+            settled(values, of_level[0], cells_of(bank, level))
+            for values, of_level, level in zip(features, rows, manifest.levels_at(bank.image_size), strict=True)
         ]
     values = [*features, *(op.constant(each).output(0) for each in rows)]
     for parameter, value in zip(detector.get_parameters(), values, strict=True):
         parameter.output(0).replace(value)
-    return ov.Model([result.input_value(0) for result in detector.get_results()], [photos], "resad")
+    results = [result.input_value(0) for result in detector.get_results()]
+    if known.taught is not None:
+        score, anomaly_map = results
+        results = raised(score, anomaly_map, features[-1], known.taught)
+    return ov.Model(results, [photos], "resad")
 
 
 def _photos(pixels: Pixels, color: Color) -> tuple[Node, Output]:

@@ -5,6 +5,7 @@
 import hashlib
 import json
 import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,10 @@ from anomalib_resad.enrollment.thresholds import is_threshold
 
 FORMAT = "resad-bank-2"
 FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, of tiles, or of a size: versions that know none refuse it
+FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 HALF = "-half"  # behind the format of a file that holds rows in half precision
 REGION = "region"  # its array
+TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which some are needed for the name of a temporary file
@@ -53,6 +56,8 @@ class Bank:
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
             references one after the other, each with those of its rotated copies; and of a product that has one,
             ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
+            Of a product that was taught defects also ``taught``, keys of their patches, shape ``(M, K)``, and
+            ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level that are searched; banks of 0.1.0 hold no others then.
         rotations (int): Orientations of each photo; 1 for photos as they are.
@@ -68,6 +73,7 @@ class Bank:
             rows are a selection; ``None`` for whole photos.
         image_size (Size | None): Height and width that the product's photos are resized to, chosen from their shapes
             when it was enrolled; ``None`` for the size of the bundle.
+        taught (tuple[Reference, ...]): Photos whose defects were taught, ordered by content.
     """
 
     product: str
@@ -84,6 +90,7 @@ class Bank:
     map_offset: float | None = None
     tile_scale: float | None = None
     image_size: Size | None = None
+    taught: tuple[Reference, ...] = ()
 
     @property
     def region(self) -> np.ndarray | None:
@@ -162,12 +169,12 @@ class Bank:
         added |= {} if self.tile_scale is None else {"tile_scale": json.dumps(self.tile_scale)}
         added |= {} if self.map_offset is None else {"map_offset": json.dumps(self.map_offset)}
         added |= {} if self.image_size is None else {"image_size": json.dumps(self.image_size)}
-        plain = self.region is None and self.tile_scale is None and self.image_size is None
+        added |= {"taught": _listed(self.taught)} if self.taught else {}
         return added | {
-            "format": FORMAT if plain else FORMAT_OF_VIEW,
+            "format": format_of(self.arrays, added),
             "product": self.product,
             "encoder": self.encoder,
-            "references": json.dumps([[each.name, each.sha256] for each in self.references]),
+            "references": _listed(self.references),
             "threshold": json.dumps(self.threshold),
             "max_patches": json.dumps(self.max_patches),
             "rotations": json.dumps(self.rotations),
@@ -177,6 +184,14 @@ class Bank:
         }
 
 
+def format_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Format of a bank's file: a newer one only where an earlier version would leave something out."""
+    if TAUGHT in arrays:
+        return FORMAT_OF_TAUGHT
+    of_view = REGION in arrays or "tile_scale" in metadata or "image_size" in metadata
+    return FORMAT_OF_VIEW if of_view else FORMAT
+
+
 def _stored(array: np.ndarray) -> np.ndarray:
     """An array in half precision, if it holds no number that this would change."""
     if array.dtype != np.float32:
@@ -184,6 +199,10 @@ def _stored(array: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     return half if np.array_equal(half, array) else array
+
+
+def _listed(photos: Iterable[Reference]) -> str:
+    return json.dumps([[each.name, each.sha256] for each in photos])
 
 
 def checksum_of(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:

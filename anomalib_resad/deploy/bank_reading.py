@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, FORMAT, FORMAT_OF_VIEW, HALF, REGION, Bank, BankError, checksum_of
+from anomalib_resad.deploy.bank import ENTRY, HALF, TAUGHT, USED, Bank, BankError, checksum_of, format_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
@@ -60,8 +60,7 @@ def _parse(content: bytes, where: str) -> Bank:
     if str(metadata.get("format")).endswith(HALF):
         metadata["format"] = metadata["format"].removesuffix(HALF)
         arrays = {name: rows.astype(np.float32) if rows.dtype == np.float16 else rows for name, rows in arrays.items()}
-    of_view = REGION in arrays or "tile_scale" in metadata or "image_size" in metadata
-    expected = FORMAT_OF_VIEW if of_view else FORMAT
+    expected = format_of(arrays, metadata)
     if metadata.get("format") != expected:
         msg = (
             f"{where} is no bank of this version ({metadata.get('format')} instead of {expected}). "
@@ -75,7 +74,7 @@ def _parse(content: bytes, where: str) -> Bank:
     return Bank(
         product=metadata["product"],
         encoder=metadata["encoder"],
-        references=tuple(Reference(*each) for each in json.loads(metadata["references"])),
+        references=_photos(metadata["references"]),
         arrays=arrays,
         threshold=json.loads(metadata["threshold"]),
         max_patches=json.loads(metadata["max_patches"]),
@@ -87,7 +86,12 @@ def _parse(content: bytes, where: str) -> Bank:
         map_offset=json.loads(metadata.get("map_offset", "null")),
         tile_scale=json.loads(metadata.get("tile_scale", "null")),
         image_size=None if size is None else tuple(size),
+        taught=_photos(metadata.get("taught", "[]")),
     )
+
+
+def _photos(listed: str) -> tuple[Reference, ...]:
+    return tuple(Reference(*each) for each in json.loads(listed))
 
 
 def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
@@ -110,9 +114,8 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
         check_rotations(bank.rotations)
         check_bit_depth(bank.bit_depth)
         check_min_area(bank.min_area)
-        _check_region(bank.region)
-        if bank.tile_scale is not None:
-            check_tile_scale(bank.tile_scale)
+        _check_view(bank.region, bank.tile_scale)
+        _check_taught(bank, manifest)
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error
@@ -141,12 +144,14 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
             raise BankError(msg)
 
 
-def _check_region(region: np.ndarray | None) -> None:
-    """Refuse what is no mask.
+def _check_view(region: np.ndarray | None, tile_scale: float | None) -> None:
+    """Refuse what is no mask, and what is no scale of tiles.
 
     Raises:
         ValueError: If it is not.
     """
+    if tile_scale is not None:
+        check_tile_scale(tile_scale)
     if region is not None and not (
         region.dtype == np.uint8
         and region.ndim == 2
@@ -182,6 +187,29 @@ def _check_size(bank: Bank, manifest: Manifest, where: str) -> None:
             raise BankError(msg)
 
 
+def _check_taught(bank: Bank, manifest: Manifest) -> None:
+    """Refuse taught patches that cannot be.
+
+    Raises:
+        ValueError: If there are some.
+    """
+    rows, used = bank.arrays.get(TAUGHT), bank.arrays.get(USED)
+    if rows is None and used is None and not bank.taught:
+        return
+    if not (
+        manifest.keyed
+        and bank.taught
+        and rows is not None
+        and (rows.dtype, rows.shape[1:]) == (np.float32, (manifest.levels[-1].channels,))
+        and used is not None
+        and (used.dtype, used.shape) == (np.uint8, (len(rows),))
+        and np.isfinite(rows).all()
+        and is_whole(bank, manifest)
+    ):
+        msg = "what it was taught is no list of patches."
+        raise ValueError(msg)
+
+
 def _check_scores(bank: Bank) -> None:
     """Refuse leave-one-out scores and a false-alarm rate that cannot be.
 
@@ -207,10 +235,10 @@ def _check_references(bank: Bank, where: str) -> None:
     Raises:
         BankError: If there are some.
     """
-    photos = [each.sha256 for each in bank.references]
-    texts = [bank.product, bank.encoder, *photos, *(each.name for each in bank.references)]
-    if not all(isinstance(each, str) for each in texts) or not (
-        photos == sorted(set(photos)) and all(re.fullmatch("[0-9a-f]{64}", each) for each in photos)
+    lists = [[each.sha256 for each in photos] for photos in (bank.references, bank.taught)]
+    names = [each.name for each in (*bank.references, *bank.taught)]
+    if not all(isinstance(each, str) for each in (bank.product, bank.encoder, *names, *lists[0], *lists[1])) or not all(
+        photos == sorted(set(photos)) and all(re.fullmatch("[0-9a-f]{64}", each) for each in photos) for photos in lists
     ):
         msg = f"{where}: its list of photos is none. Enroll the product again."
         raise BankError(msg)

@@ -2,7 +2,7 @@
 
 """The rows of a bank: those of each photo, those that are searched, and how each photo scores against the others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -110,25 +110,35 @@ def leave_one_out(
     Returns:
         OwnScores | None: One score per photo; none of a single photo; ``None`` if the bank is not whole.
     """
-    photos, most = len(bank.references), bank.max_patches
     if not is_whole(bank, manifest):
         return None
-    if photos < 2:
+    if len(bank.references) < 2:
         return own_scores([])
-    rows = levels_of(bank, manifest)
-    own = [np.split(level, photos) for level in rows]
-    # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
-    known = [np.split(level, photos) for level in (rows if most else searched_rows(rows, photos, manifest, None))]
 
-    def found(photo: int) -> tuple[float, np.ndarray]:
-        others = [np.concatenate([*parts[:photo], *parts[photo + 1 :]]) for parts in known]
-        if most:
-            others = searched_rows(others, photos - 1, manifest, most)
+    def found(own: Rows, others: Rows) -> tuple[float, np.ndarray]:
         rest = [padded(level, manifest.row_multiple) for level in others]
         features = [
-            on_grid(bank, level, parts[photo], others_of[0])
-            for level, parts, others_of in zip(manifest.levels_at(bank.image_size), own, rest, strict=True)
+            on_grid(bank, level, mine, others_of[0])
+            for level, mine, others_of in zip(manifest.levels_at(bank.image_size), own, rest, strict=True)
         ]
         return detect([*features, *rest])
 
-    return own_scores(map(found, range(photos)))
+    return own_scores(found(*each) for each in left_out(bank, manifest))
+
+
+def left_out(bank: Bank, manifest: Manifest) -> Iterator[tuple[Rows, Rows]]:
+    """Of each photo of a whole bank of two or more: its own rows, and those of the others that a search looks through.
+
+    Args:
+        bank (Bank): The bank.
+        manifest (Manifest): The bundle's.
+    """
+    photos, most, rows = len(bank.references), bank.max_patches, levels_of(bank, manifest)
+    own = [np.split(level, photos) for level in rows]
+    # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
+    known = [np.split(level, photos) for level in (rows if most else searched_rows(rows, photos, manifest, None))]
+    for photo in range(photos):
+        others = [np.concatenate([*parts[:photo], *parts[photo + 1 :]]) for parts in known]
+        if most:
+            others = searched_rows(others, photos - 1, manifest, most)
+        yield [parts[photo] for parts in own], others

@@ -18,9 +18,11 @@ from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searche
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.history import History, Step
 from anomalib_resad.deploy.position import Position, position_of
+from anomalib_resad.deploy.taught import taught_of
 from anomalib_resad.deploy.watch import Watch, stamp
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.files import PART, remove_stale, write_whole
+from anomalib_resad.enrollment.taught import Taught
 
 LOCK_SECONDS = 300  # a change encodes photos, which takes seconds; others wait this long for it
 
@@ -32,11 +34,13 @@ class Loaded(NamedTuple):
         bank (Bank): Its bank.
         rows (list[np.ndarray]): The rows of the bank as the detector takes them.
         position (Position | None): How its photos lie in its region, if it has one.
+        taught (Taught | None): The defects that it was taught, if any.
     """
 
     bank: Bank
     rows: list[np.ndarray]
     position: Position | None
+    taught: Taught | None
 
 
 class BankStore:
@@ -89,7 +93,8 @@ class BankStore:
                 if is_whole(bank, self.manifest):
                     rows = searched_rows(rows, len(bank.references), self.manifest, bank.max_patches)
                 rows = [padded(level, self.manifest.row_multiple) for level in rows]
-                self._loaded[name] = (stat, Loaded(bank, rows, position_of(bank, self.manifest)))
+                also = position_of(bank, self.manifest), taught_of(bank, rows, self.manifest)
+                self._loaded[name] = (stat, Loaded(bank, rows, *also))
                 while len(self._loaded) > self.most_loaded:
                     self._loaded.popitem(last=False)
             self._loaded.move_to_end(name)

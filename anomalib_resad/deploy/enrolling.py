@@ -10,9 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import REGION, Bank
+from anomalib_resad.deploy.bank import REGION, Bank, BankError
 from anomalib_resad.deploy.bank_rows import leave_one_out, padded
 from anomalib_resad.deploy.model import Model
+from anomalib_resad.deploy.taught import carried
 from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
 from anomalib_resad.enrollment.calibration import own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
@@ -48,7 +49,7 @@ class Enrolling(Model):
     def _changed(self, bank: Bank, features: dict[Reference, Rows]) -> Bank:
         """The same product of other photos."""
         kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region, bank.image_size
-        changed = self._bank_of(bank.product, features, *kept)
+        changed = carried(self._bank_of(bank.product, features, *kept), bank, self.manifest)
         return changed.judged_as(bank, self.manifest.scatter)
 
     def _bank_of(
@@ -150,3 +151,15 @@ def read_photos(photos: Photos, bit_depth: BitDepth) -> tuple[Sequence[Photo], R
     """Photos as they were given, one by one, and what was read of them."""
     listed: Sequence[Photo] = list_photos(photos) if isinstance(photos, str | Path) else list(photos)
     return listed, read_references(listed, bit_depth)
+
+
+def check_same(name: str, now: np.ndarray | Size | float | None, used: np.ndarray | Size | float | None) -> None:
+    """Refuse to write features of another region, size or tile scale than the product has by now.
+
+    Raises:
+        BankError: If it has another one.
+    """
+    same = now is used if now is None or used is None else np.array_equal(now, used)
+    if not same:
+        msg = f"{name!r} was given another region, size or tile scale meanwhile. Enroll the photos again."
+        raise BankError(msg)

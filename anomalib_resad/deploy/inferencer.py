@@ -15,7 +15,7 @@ from anomalib_resad.deploy.bundle import DETECTOR, BundleError
 from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
-from anomalib_resad.deploy.products import Products
+from anomalib_resad.deploy.teaching import Teaching
 from anomalib_resad.deploy.tiles import inspected, resized_to, scaled_size
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
@@ -24,7 +24,7 @@ from anomalib_resad.enrollment.region import cut_out
 from anomalib_resad.enrollment.thresholds import normalize
 
 
-class ResADInferencer(Products):
+class ResADInferencer(Teaching):
     """One exported model for all products; the device itself learns a new one from a few good photos.
 
     Safe to use from several threads, of which ``streams`` compute at the same time. Everything is computed in float32,
@@ -93,7 +93,7 @@ class ResADInferencer(Products):
         return in_order(lambda photo: self.inspect(photo, product, known)[0], photos, self.in_flight)
 
     def _found(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> Prediction:
-        bank, rows, position = known
+        bank, rows, position, taught = known
         if bank.tile_scale is not None:
             return self._told(*self._in_tiles(photo, pixels, known), False, bank)
         features, size = self._seen(photo, pixels, bank)
@@ -103,7 +103,11 @@ class ResADInferencer(Products):
             for level, values, known_rows in zip(levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
         scores, maps = self._run(DETECTOR, [*features, *rows])
-        return self._told(scores[0], maps[0, 0], size, moved, bank)
+        score, anomaly_map = scores[0], maps[0, 0]
+        if taught is not None:
+            more, raised = taught.raises(features[-1])
+            score, anomaly_map = score + more[0], anomaly_map + raised[0]
+        return self._told(score, anomaly_map, size, moved, bank)
 
     def _in_tiles(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> tuple[np.float32, np.ndarray, Size]:
         """Raw score and map of a photo that is looked at in tiles, and its size."""

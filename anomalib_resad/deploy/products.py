@@ -10,8 +10,9 @@ import numpy as np
 
 from anomalib_resad.deploy.bank import Bank, BankError, EnrolledError, bank_file, product_name
 from anomalib_resad.deploy.bank_rows import rows_of_photos
-from anomalib_resad.deploy.enrolling import Enrolling, Photos, looked_at, read_photos
+from anomalib_resad.deploy.enrolling import Enrolling, Photos, check_same, looked_at, read_photos
 from anomalib_resad.deploy.regions import check_min_area
+from anomalib_resad.deploy.taught import carried, check_same_view
 from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import USUAL_RATE, check_rate
 from anomalib_resad.enrollment.checks import is_count
@@ -95,9 +96,7 @@ class Products(Enrolling):
         if not read:
             msg = f"No photo was given for {name!r}. Enroll at least one good photo; 2 to 8 are usual."
             raise PhotoError(msg)
-        kept, kept_scale = self._kept_view(name)
-        mask = kept if region is None else _region_of(region, listed)
-        scale = (kept_scale if tile_scale is None else tile_scale) or None
+        mask, scale = self._view_of(name, region, tile_scale, listed)
         if scale is not None:
             bank = self._tiled_bank(name, read, rotations, max_patches, _without_region(scale, mask))
         else:
@@ -106,19 +105,31 @@ class Products(Enrolling):
             self._check_new(name, replace_existing)  # again: somebody else may have enrolled it meanwhile
             before = self._earlier(name)
             if before is not None:
-                _check_same(name, before.region if region is None else mask, mask)
-                _check_same(name, before.tile_scale if tile_scale is None else scale, scale)
+                check_same(name, before.region if region is None else mask, mask)
+                check_same(name, before.tile_scale if tile_scale is None else scale, scale)
+                bank = carried(bank, before, self.manifest)
             least = (0 if before is None else before.min_area) if min_area is None else min_area
             judged = self._judged(bank, before, threshold, false_alarm_rate).with_min_area(least)
             return self._store.write(judged, "enroll" if before is None else "replace")
 
-    def _kept_view(self, name: str) -> tuple[np.ndarray | None, float | None]:
-        """Region and tile scale of a product that is replaced, if its bank can be read."""
+    def _view_of(
+        self, name: str, region: RegionSource, tile_scale: float | None, photos: Iterable[Photo]
+    ) -> tuple[np.ndarray | None, float | None]:
+        """Region and tile scale that a product is to have: what was asked for, else those that it has.
+
+        Raises:
+            ValueError: If it was taught with others.
+        """
         try:
-            bank = self.bank(name) if bank_file(self.banks, name).exists() else None
+            now = self.bank(name) if bank_file(self.banks, name).exists() else None
         except BankError:  # which is told later
-            bank = None
-        return (None, None) if bank is None else (bank.region, bank.tile_scale)
+            now = None
+        kept, kept_scale = (None, None) if now is None else (now.region, now.tile_scale)
+        mask = kept if region is None else _region_of(region, photos)
+        scale = (kept_scale if tile_scale is None else tile_scale) or None
+        if now is not None:
+            check_same_view(now, mask, scale)
+        return mask, scale
 
     def _judged(self, bank: Bank, before: Bank | None, threshold: float | None, rate: Rate) -> Bank:
         """A new bank with the threshold that was asked for, else that of the bank that it replaces, else the usual."""
@@ -137,8 +148,8 @@ class Products(Enrolling):
             return self.bank(name) if bank_file(self.banks, name).exists() else None
         except BankError as error:
             logger.warning(
-                "If %r had a threshold of its own, set it again, and so its region and its minimum area: its bank was "
-                "unusable. %s",
+                "If %r had a threshold of its own, set it again, and so its region and its minimum area, and teach it "
+                "again what it was taught: its bank was unusable. %s",
                 name,
                 error,
             )
@@ -177,7 +188,7 @@ class Products(Enrolling):
                     "a channel, or of photos of another shape. Add the photos again."
                 )
                 raise BankError(msg)
-            _check_same(name, bank.region, before.region)
+            check_same(name, bank.region, before.region)
             return self._store.write(self._changed(bank, rows_of_photos(bank, self.manifest) | added), "add")
 
     def remove(self, name: str, photo: str | None = None) -> None:
@@ -252,18 +263,6 @@ def _region_of(region: Photo, photos: Iterable[Photo]) -> np.ndarray | None:
     """The region that was given; ``None`` for all of the photos."""
     everything = isinstance(region, str) and region == "none"
     return None if everything else read_region(region, [size_of(each) for each in photos])
-
-
-def _check_same(name: str, now: np.ndarray | float | None, used: np.ndarray | float | None) -> None:
-    """Refuse to write features of another region or tile scale than the product has by now.
-
-    Raises:
-        BankError: If it has another one.
-    """
-    same = now is used if now is None or used is None else np.array_equal(now, used)
-    if not same:
-        msg = f"{name!r} was given another region or tile scale meanwhile. Enroll the photos again."
-        raise BankError(msg)
 
 
 def _check_one_threshold(threshold: float | None, rate: Rate) -> None:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+
+"""`resad teach`: what a product learns from a defect that was missed."""
+
+import re
+from pathlib import Path
+
+from rich.console import Console
+
+from anomalib_resad.commands.console import say
+from anomalib_resad.deploy.bank import USED
+from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.teaching import Box
+
+
+def teach(
+    bundle: Path,
+    product: str,
+    photo: Path | None = None,
+    banks: Path | None = None,
+    mask: Path | None = None,
+    box: str | None = None,
+    forget: bool = False,
+) -> None:
+    """Teach a product a defect that was missed: what looks like it scores higher. `resad undo` takes it back.
+
+    Args:
+        bundle: Folder made by `resad export`, or file made by `resad bundle pack`.
+        product: The product.
+        photo: A photo with the defect.
+        banks: Folder of the products' banks, if not in the bundle.
+        mask: Where the defect is: a mask of the photo's size, white there.
+        box: The same as "x,y,width,height" in pixels of the photo. Without mask and box, the patches that differ most
+            from the good photos are taken for the defect.
+        forget: Forget all that the product was taught, instead.
+    """
+    inferencer = ResADInferencer(bundle, banks=banks)
+    if forget:
+        if photo is not None:
+            msg = f"--forget forgets all that {product!r} was taught, and --photo {photo} teaches. Give one of them."
+            raise ValueError(msg)
+        count = len(inferencer.bank(product).taught)
+        inferencer.forget(product)
+        say(f"{product}: what it was taught of {count} photos is forgotten. `resad undo` brings it back.")
+        return
+    if photo is None:
+        msg = "Give the photo of a defect that was missed (--photo), or --forget."
+        raise ValueError(msg)
+    chosen = _box_of(box)
+    before = inferencer.predict(photo, product)
+    with Console(stderr=True).status("Teaching"):
+        bank = inferencer.teach(product, photo, mask, chosen)
+    used, after = bank.arrays[USED], inferencer.predict(photo, product)
+    say(
+        f"{product} was taught defects of {len(bank.taught)} photos by now: {used.sum()} patches count, "
+        f"{len(used) - used.sum()} do not, since they resemble good photos."
+    )
+    say(f"{photo} scored {before.score:.3f}, and scores {after.score:.3f} now ({after.status or 'no threshold'}).")
+    if mask is None and box is None:
+        say("Where the defect is was guessed. To mark it, take this back (`resad undo`) and give --mask or --box.")
+
+
+def _box_of(text: str | None) -> Box | None:
+    """Four numbers.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+){3}\s*", text):
+        msg = f"box={text[:80]!r} is no box. Give x,y,width,height in pixels of the photo: 120,80,40,25."
+        raise ValueError(msg)
+    x, y, width, height = map(int, text.split(","))
+    return x, y, width, height
