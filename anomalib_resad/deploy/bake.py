@@ -122,8 +122,8 @@ def _join(
     photos, as_stored = _photos(pixels, color)
     if bank.region is not None:
         as_stored = boxed(as_stored, bank.region)
-    known = [] if bank.image_size is None else [op.constant(canvas_of(bank.image_size)).output(0)]
-    for parameter, value in zip(encoder.get_parameters(), [as_stored, *known], strict=True):
+    canvas = [] if bank.image_size is None else [op.constant(canvas_of(bank.image_size)).output(0)]
+    for parameter, value in zip(encoder.get_parameters(), [as_stored, *canvas], strict=True):
         parameter.output(0).replace(value)
     features = [result.input_value(0) for result in encoder.get_results()]
     if bank.region is not None:
