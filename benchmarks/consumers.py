@@ -2,8 +2,9 @@
 
 """Do all who read a product's model say the same of the same photos?
 
-One checkpoint, one product: the evaluation in PyTorch, the runtime of the edge, the file of ``resad bake`` in every
-program that reads it, and anomalib's ONNX export. Each one says a score and a label of each photo.
+One checkpoint, one product: the evaluation in PyTorch, the runtime of the edge, the service and the watched folder that
+stand on it, the file of ``resad bake`` in every program that reads it, and anomalib's ONNX export. Each one says a
+score and a label of each photo.
 """
 
 import csv
@@ -12,6 +13,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -29,7 +31,7 @@ from PIL import Image
 
 from anomalib_resad.deploy.bake import bake
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.enrollment.files import content_hash, write_whole
+from anomalib_resad.enrollment.files import LINES, content_hash, write_whole
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
 from benchmarks.model_server import answer, outputs_of, request_of
 
@@ -126,6 +128,51 @@ def served(model: Path) -> Judge:
     return one_by_one(lambda photo: _verdict(outputs_of(*answer(model, *request_of(read_pixels(photo)[None])))))
 
 
+# -- who stands on the edge runtime -----------------------------------------------------------------------------------
+
+
+def rest(inferencer: ResADInferencer) -> Judge:
+    """The REST API, in this process: photos as they lie on the disk, answers as JSON."""
+    from fastapi.testclient import TestClient  # noqa: PLC0415  # an extra
+
+    from anomalib_resad.deploy.api import application  # noqa: PLC0415  # an extra
+
+    client = TestClient(application(inferencer), base_url="http://127.0.0.1")
+
+    def judge(photo: Path) -> Verdict:
+        answer = client.post(f"/v1/products/{PRODUCT}/inspect", files={"photos": (photo.name, photo.read_bytes())})
+        return _told(answer.json()["results"][0])
+
+    return one_by_one(judge)
+
+
+def watched(bundle: Path, banks: Path, folder: Path) -> Judge:
+    """``resad watch``, as a command, of a folder that the photos are copied into."""
+
+    def judge(photos: Sequence[Path]) -> list[Verdict]:
+        taken, found = folder / "in", folder / "found"
+        taken.mkdir(parents=True)
+        for number, photo in enumerate(photos):
+            shutil.copy(photo, taken / f"{number}{photo.suffix}")
+        options = {"bundle": bundle, "banks": banks, "product": PRODUCT, "folder": taken, "output": found}
+        command = [sys.executable, "-m", "anomalib_resad.cli", "watch", "--maps=none", "--settle=0.1"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        lines: list[str] = []
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:  # noqa: S603
+            while len(lines) < len(photos) and process.poll() is None:
+                time.sleep(0.05)
+                lines = (found / LINES).read_text().splitlines() if (found / LINES).is_file() else []
+            process.terminate()
+        rows = {int(Path(row["photo"]).stem): row for row in map(json.loads, lines)}
+        return [_told(rows[number]) for number in range(len(photos))]
+
+    return judge
+
+
+def _told(row: Mapping[str, Any]) -> Verdict:
+    return Verdict(row["score"], row["label"] == "anomalous")
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -146,6 +193,12 @@ def baked(bundle: Path, banks: Path, folder: Path) -> dict[str, Judge]:
     if shutil.which("cmake") and shutil.which("c++"):
         judges["OpenVINO, C++"] = cpp_example(plain, folder / "cpp")
     return judges
+
+
+def on_it(bundle: Path, inferencer: ResADInferencer, folder: Path) -> dict[str, Judge]:
+    """All who stand on the edge runtime, those of them that can run here."""
+    judges = {"`resad watch`": watched(bundle, inferencer.banks, folder / "watch")}
+    return ({"REST API": rest(inferencer)} if find_spec("fastapi") and find_spec("httpx") else {}) | judges
 
 
 def of_checkpoint(checkpoint: Path, references: Sequence[Path], folder: Path, onnx: bool) -> dict[str, Judge]:
@@ -198,7 +251,8 @@ def compare(
             found = inferencer.predict(photo, PRODUCT)
             return Verdict(found.score, bool(found.label))
 
-        judges |= {EDGE: one_by_one(on_the_edge), **baked(bundle, inferencer.banks, folder)}
+        judges |= {EDGE: one_by_one(on_the_edge), **on_it(bundle, inferencer, folder)}
+        judges |= baked(bundle, inferencer.banks, folder)
         make = partial(bake, bundle, PRODUCT, folder / "timed", inferencer.banks)
         seconds, size = [], 0
         for _ in range(5):
@@ -240,7 +294,7 @@ def run(checkpoint: Path, references: Path, photos: Path, output: Path, shots: i
         most: Photos to inspect, evenly spaced.
     """
     from anomalib_resad.export.edge_bundle import export_bundle  # noqa: PLC0415  # PyTorch
-    from benchmarks.settings import cpu  # noqa: PLC0415
+    from benchmarks.machine import cpu  # noqa: PLC0415
 
     enrolled, every = list_photos(references)[:shots], list_photos(photos)
     chosen = every[:: max(1, -(-len(every) // most))]

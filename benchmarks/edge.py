@@ -225,7 +225,7 @@ def run(
     from anomalib_resad import ResAD  # noqa: PLC0415  # PyTorch
     from anomalib_resad.export.edge_bundle import convert, load_model, write_bundle  # noqa: PLC0415
     from anomalib_resad.export.parity import compare, table  # noqa: PLC0415
-    from benchmarks.settings import cpu  # noqa: PLC0415
+    from benchmarks.machine import cpu  # noqa: PLC0415
 
     output.mkdir(parents=True, exist_ok=True)
     every = list_photos(photos)

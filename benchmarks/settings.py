@@ -3,7 +3,6 @@
 """The settings of a leaderboard, stored beside its cells; cells of different settings are never mixed."""
 
 import json
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,11 @@ import torch
 
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.method.backbone_weights import weights_digest
+from benchmarks.machine import cpu
 
 PACKAGES = ("anomalib", "torch", "torchvision", "timm", "FrEIA", "lightning", "torchmetrics", "anomalib-resad")
 # What may grow when a leaderboard goes on: each cell stands for itself.
 MAY_CHANGE = ("categories", "shots", "draws", "baseline", "conditions", "versions", "device", "cpu", "threads")
-
-
-def cpu() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) -> None:

@@ -198,6 +198,21 @@ TAUGHT = {
     "found, other kinds": "found_others",
     "false alarms": "false_alarms",
 }
+def photos_a_second(path: Path, cells: list[str], column: str) -> list[float]:
+    return [float(the(records(path), who=re.escape(cells[0]), clients=number_of(column))["per_s"])]
+
+
+def waits_by_clients(path: Path, cells: list[str], column: str) -> list[float]:
+    row = the(records(path), who=re.escape(cells[0]), clients=number_of(column))
+    return [float(row["p50_ms"]), float(row["p99_ms"])]
+
+
+def by_requests(path: Path, cells: list[str], column: str) -> list[float]:
+    keys = {"MB": ["memory_mb"], "p50 / p99, ms": ["p50_ms", "p99_ms"]}[column]
+    row = the(records(path), who=cells[0], requests=number_of(cells[1]))
+    return [float(row[key]) for key in keys]
+
+
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -222,4 +237,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "by tile scale": by_tile_scale,
     "by what grows": by_what_grows,
     "before and after teaching": before_and_after_teaching,
+    "photos a second by clients": photos_a_second,
+    "waits by clients": waits_by_clients,
+    "memory by requests": by_requests,
 }

@@ -308,8 +308,8 @@ MUTATIONS = [
     Mutation("commands/console.py", "a device is told no reason", 'missing.startswith("anomalib_resad.")', "False",
              "test_edge_wheel"),
     Mutation("deploy/journal.py", "a half row stays", "            self._file.truncate(whole)\n", "", "test_watch"),
-    Mutation("deploy/watching.py", "photos are inspected again", "if (name, digest) not in self.journal.recorded:\n"
-             "                found", "if True:\n                found", "test_watch"),
+    Mutation("deploy/watching.py", "photos are inspected again",
+             "None if (name, digest) in self.journal.recorded else ", "", "test_watch"),
     Mutation("deploy/watching.py", "half a file is taken", "elif not seen.done and time.monotonic() - seen.since >=",
              "elif not seen.done and 1e9 >=", "test_watch"),
     Mutation("deploy/sinks.py", "a row that was refused is lost", "                self.sink(row)\n",

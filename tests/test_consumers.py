@@ -30,8 +30,15 @@ def test_all_say_the_same(
     monkeypatch.chdir(trained_default.parent)  # anomalib's inferencer makes a cache folder where it stands
     said, cost = compare(trained_default, bundle_default, good[:3], new[:2] + new[-1:], onnx=False)
     rows = {row["who"]: row for row in rows_of(said)}
-    assert rows.keys() >= {"edge runtime", "OpenVINO, Python", "OpenVINO, Python, BGR", "requests of model servers"}
+    assert rows.keys() >= {
+        "edge runtime",
+        "`resad watch`",
+        "OpenVINO, Python",
+        "OpenVINO, Python, BGR",
+        "requests of model servers",
+    }
     assert "anomalib's OpenVINOInferencer" in rows
+    assert ("REST API" in rows) == bool(find_spec("fastapi") and find_spec("httpx"))
     assert ("OpenVINO, C++" in rows) == bool(shutil.which("cmake") and shutil.which("c++"))
     assert ("OpenVINO Model API" in rows) == bool(find_spec("model_api"))
     assert {who: row for who, row in rows.items() if max(row["from_evaluation"], row["from_edge"]) > 1e-4} == {}
