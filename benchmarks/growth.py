@@ -161,7 +161,7 @@ def run(
     rows = model_rows(backbone, areas, references, repeats)
     rows += product_rows(backbone, counts, threads) if counts else []
     if (output / "growth.csv").is_file():
-        known = pd.read_csv(output / "growth.csv").to_dict("records")
+        known: list[dict[str, Any]] = pd.read_csv(output / "growth.csv").to_dict("records")  # type: ignore[assignment]
         new = {row["grows"] for row in rows}
         rows = sorted(
             [*[row for row in known if row["grows"] not in new], *rows], key=lambda row: KINDS.index(row["grows"])

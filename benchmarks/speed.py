@@ -157,7 +157,7 @@ def speed(
     rows = kept_rows_of_others(output / "speed.csv", backbones)
     for backbone in backbones:
         models, others = known(backbone, variants, references), rivals(backbone, ratios, references)
-        settings = {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed}
+        settings: dict[str, Any] = {"shots": shots, "repeats": repeats, "threads": threads, "seed": seed}
         if device is not None:
             parts = [partial(device_rows, backbone, {**models, **others}, batches, repeats, device)]
             settings |= {"device": device_name(device)}

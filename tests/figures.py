@@ -198,6 +198,8 @@ TAUGHT = {
     "found, other kinds": "found_others",
     "false alarms": "false_alarms",
 }
+
+
 def photos_a_second(path: Path, cells: list[str], column: str) -> list[float]:
     return [float(the(records(path), who=re.escape(cells[0]), clients=number_of(column))["per_s"])]
 

@@ -2,7 +2,6 @@
 
 """`resad watch`: inspect what a camera writes into a folder."""
 
-import io
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -84,7 +83,6 @@ def _inspect(inferencer: ResADInferencer, product: str, content: bytes) -> tuple
 def _keep(output: Path, maps: str, stretch: bool, name: str, found: Prediction, pixels: np.ndarray) -> None:
     """Write the map of a photo, if it is wanted."""
     if maps == "all" or (maps == "anomalous" and found.label):
-        path, content = map_of(output, name), io.BytesIO()
-        found.picture(pixels, stretch).save(content, "PNG")
+        path = map_of(output, name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
+        write_whole(path, found.png(pixels, stretch))

@@ -6,7 +6,6 @@ It stands behind the guards of :mod:`~anomalib_resad.deploy.guard`, beside the p
 """
 
 import base64
-import io
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,6 @@ import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.middleware import Middleware
@@ -43,7 +41,7 @@ from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import printable, without_folders
 from anomalib_resad.deploy.metrics import Measured, Metrics
-from anomalib_resad.deploy.prediction import Prediction, scales_of
+from anomalib_resad.deploy.prediction import scales_of
 from anomalib_resad.deploy.turns import Turns
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.photos import PhotoError
@@ -205,16 +203,10 @@ class Api:
             "label": found.status,
         }
         result |= found.where()
-        return result if picture == "none" else result | {"map": self._map(found, pixels, picture)}
-
-    def _map(self, found: Prediction, pixels: np.ndarray, picture: str) -> str:
-        content = io.BytesIO()
-        if picture == "gray":
-            drawn = Image.fromarray(np.round(np.clip(found.map, 0, 1) * 255).astype(np.uint8))
-        else:
-            drawn = found.picture(pixels, self.inferencer.manifest.map.threshold is None)
-        drawn.save(content, "PNG")
-        return base64.b64encode(content.getvalue()).decode()
+        if picture == "none":
+            return result
+        content = found.png(pixels, self.inferencer.manifest.map.threshold is None, picture == "gray")
+        return result | {"map": base64.b64encode(content).decode()}
 
     # -- photos and names ---------------------------------------------------------------------------------------------
 

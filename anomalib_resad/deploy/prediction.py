@@ -2,6 +2,7 @@
 
 """What was found in a photo, and the scales that make it comparable."""
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -89,6 +90,15 @@ class Prediction:
             for each in self.regions or ()
         )
         return boxed(overlay(pixels, self.map, stretch), boxes)
+
+    def png(self, pixels: np.ndarray, stretch: bool, gray: bool = False) -> bytes:
+        """:meth:`picture` as a file, or the map alone in gray, 255 for 1; arguments as there."""
+        drawn = self.picture(pixels, stretch)
+        if gray:
+            drawn = Image.fromarray(np.round(np.clip(self.map, 0, 1) * 255).astype(np.uint8))
+        content = io.BytesIO()
+        drawn.save(content, "PNG")
+        return content.getvalue()
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float]:
