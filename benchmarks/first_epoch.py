@@ -40,14 +40,14 @@ SHIFT = 7  # pixels between two photos that are made of one
 
 
 def make_photos(data: Path, products: list[str], photos: int, folder: Path) -> None:
-    """Products with so many training photos in all: defective ones as they are, good ones shifted."""
-    defective = {name: len(list((data / name / "ground_truth").rglob("*.png"))) for name in products}
+    """Products with so many training photos in all: those of the test split as they are, other good ones shifted."""
+    tested = {name: len([each for each in (data / name / "test").rglob("*") if each.is_file()]) for name in products}
     for number, name in enumerate(products):
         (folder / name / "train" / "good").mkdir(parents=True)
         for part in ("test", "ground_truth"):
             (folder / name / part).symlink_to((data / name / part).resolve())
         good = sorted((data / name / "train" / "good").iterdir())
-        count = (photos - sum(defective.values()) + number) // len(products)
+        count = (photos - sum(tested.values()) + number) // len(products)
         for index in range(count):
             pixels = np.asarray(Image.open(good[index % len(good)]).convert("RGB"))
             pixels = np.roll(pixels, SHIFT * (index // len(good)), axis=1)

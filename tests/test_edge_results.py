@@ -126,6 +126,7 @@ def test_a_run_that_ended_early_is_resumed(
         return inspect(self, path, product)
 
     monkeypatch.setattr(ResADInferencer, "inspect", watched)
+    monkeypatch.setattr("anomalib_resad.commands.predict.usual_streams", lambda: 1)  # photo after photo
     stop = 4
     with pytest.raises(ValueError, match=r"interrupted. 3 of 4 rows are .* --resume"):
         cli.predict(bundle, "tiles", photos, output, banks)

@@ -157,7 +157,7 @@ def test_scores_that_are_no_numbers_never_come_out(
     inferencer.enroll("tiles", good[:1], rotations=1)
     for value in (np.nan, np.inf):
         outputs = [np.full(1, value, np.float32), np.zeros((1, 1, 4, 4), np.float32)]
-        monkeypatch.setattr(inferencer, "encode", lambda pixels: [pixels])
+        monkeypatch.setattr(inferencer, "encode", lambda pixels, *_: [pixels])
         monkeypatch.setattr(inferencer, "_run", lambda *_, given=outputs: given)
         with pytest.raises(BundleError, match="scores of NaN or infinity"):
             inferencer.predict(good[0], "tiles")

@@ -3,7 +3,6 @@
 """Features of training photos in a folder that trainings share: the same training, and what is not taken from it."""
 
 import logging
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,6 @@ def test_a_training_is_the_same_with_and_without_files(
     assert len([record for record in caplog.records if "is damaged, or not what its name says" in record.message]) == 4
     assert pictures_in(folder) == files
     assert [path.read_bytes() for path in files] == content, "made anew"
-
-    preparation = mended.model.source._pictures.preparation
-    item = pickle.loads(pickle.dumps(preparation))[0][0]  # noqa: S301  # as processes that are not forked get it
-    assert item.name == preparation[0][0].name
 
 
 def test_what_changed_is_encoded_anew(products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,8 @@ def test_the_target_is_enrolled_with_the_keys_that_were_learned(trained_default:
     join = model.encoder.join
     assert join is not None
     assert join.learned
-    torch.testing.assert_close(nn.functional.normalize(values @ join.directions.T, dim=1), keys, rtol=0, atol=1e-5)
+    expected = nn.functional.normalize(values @ join.directions.T, dim=1)
+    torch.testing.assert_close(expected, keys, rtol=0, atol=1e-3)  # both are kept in half precision
 
 
 def test_augmented_images_are_not_kept() -> None:

@@ -46,12 +46,16 @@ def test_first_epoch(
     names = ["grain", "pill"]
     first_epoch.make_photos(products, names, 30, tmp_path / "photos")
     contents = [path.read_bytes() for path in (tmp_path / "photos").rglob("train/good/*.png")]
-    assert len(contents) == len(set(contents)) == 30 - len(list(products.glob("[gp]*/ground_truth/*/*")))
+    assert len(contents) == len(set(contents)) == 30 - len(list(products.glob("[gp]*/test/*/*")))
     settings = {"cache_dir": str(tmp_path / "cache"), "pre_trained": False, "image_size": (64, 64), "k_shot": 2}
     first_epoch.one(tmp_path / "photos", ",".join(names), settings, 0, 4, 1)
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["images"] == 30
-    assert row["in_memory"] == len(list((tmp_path / "cache").glob("*.pt"))) == 30 + len(contents)
+    assert (
+        row["in_memory"]
+        == len(list((tmp_path / "cache").glob("*.pt")))
+        == 60 - len(list(products.glob("[gp]*/ground_truth/*/*")))
+    )
     table = tmp_path / "table.csv"
     for seconds in (1.0, 2.0):
         first_epoch.keep({"photos": 30, "method": "default", "features": "memory", "before_s": seconds}, table)
@@ -121,4 +125,5 @@ def test_a_training_that_is_stopped_goes_on(products: Path, tmp_path: Path, monk
     assert set(epochs) == {2}
     assert json.loads((tmp_path / "stopped" / "model.json").read_text())["resumed"]
     for name, value in whole.items():
-        torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, equal_nan=True, msg=name)

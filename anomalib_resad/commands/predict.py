@@ -3,6 +3,7 @@
 """`resad predict`: inspect a folder of photos."""
 
 import sys
+from collections.abc import Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -78,23 +79,26 @@ def predict(
         found = found if min_area is None else replace(found, min_area=min_area)
         return _Done(found, found.picture(pixels, stretch), mark)
 
+    todo = [name for name in paths if name not in kept]
     with Results(output, kept) as results:
         try:
-            todo = [name for name in paths if name not in kept]
             with closing(in_order(inspected, todo, inferencer.in_flight)) as found:
-                for name, each in zip(track(todo, "Inspecting", console=Console(stderr=True)), found, strict=True):
-                    if isinstance(each, PhotoError):
-                        results.fail(name, str(each))
-                    else:
-                        results.add(name, *each)
+                _record(results, todo, found)
         except (KeyboardInterrupt, Exception) as error:
             why = "it was interrupted" if isinstance(error, KeyboardInterrupt) else explained(error)
-            msg = (
-                f"Inspecting ended early: {why}. {results.count} of {len(paths)} rows are in {output / TABLE}. "
-                "Run the command again with --resume to inspect the others."
-            )
+            rows = f"{results.count} of {len(paths)} rows are in {output / TABLE}"
+            msg = f"Inspecting ended early: {why}. {rows}. Run the command again with --resume to inspect the others."
             raise ValueError(msg) from error
     _tell(results, f"{len(paths) - results.failed} of {len(paths)} photos inspected: {output / TABLE}")
+
+
+def _record(results: Results, names: Sequence[str], found: Iterable[_Done | PhotoError]) -> None:
+    """Write the row of each photo as it comes."""
+    for name, each in zip(track(names, "Inspecting", console=Console(stderr=True)), found, strict=True):
+        if isinstance(each, PhotoError):
+            results.fail(name, str(each))
+        else:
+            results.add(name, *each)
 
 
 def _tell(results: Results, text: str) -> None:

@@ -109,7 +109,7 @@ def enrolled_rows(
 
 
 def rounded(rows: Rows, keyed: bool) -> Rows:
-    """Rows as a bank keeps them: of joined levels, in half precision, which changes scores by less than 0.001.
+    """Rows as a bank keeps them: of joined levels, in half precision.
 
     They are of unit length, so that none is too large. Levels that are matched apart stay as they are.
     """
