@@ -19,7 +19,7 @@ from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth, check_bit_depth
 from anomalib_resad.enrollment.photos import Photo, PhotoError
 from anomalib_resad.enrollment.references import size_of
-from anomalib_resad.enrollment.region import RegionSource, read_region
+from anomalib_resad.enrollment.region import RegionSource, is_same, read_region
 from anomalib_resad.enrollment.rotations import Rotations
 
 logger = logging.getLogger(__name__)
@@ -264,8 +264,7 @@ def check_same(name: str, now: np.ndarray | float | None, used: np.ndarray | flo
     Raises:
         BankError: If it has another one.
     """
-    same = now is used if now is None or used is None else np.array_equal(now, used)
-    if not same:
+    if not is_same(now, used):
         msg = f"{name!r} was given another region or tile scale meanwhile. Enroll the photos again."
         raise BankError(msg)
 
