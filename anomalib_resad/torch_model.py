@@ -15,6 +15,7 @@ from anomalib.data import InferenceBatch
 from torch import Tensor, nn
 
 from anomalib_resad.enrollment.image_size import auto_side, size_of_photos
+from anomalib_resad.enrollment.taught import TOP_SHARE
 from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
 from anomalib_resad.method.backbone import FeaturePyramid, coarsest_stride, describe
 from anomalib_resad.method.encoder import Encoder
@@ -25,8 +26,6 @@ from anomalib_resad.method.presets import ARCHITECTURE, FLOW_TRAINING, resolve
 from anomalib_resad.method.reference_bank import ReferenceBank, nearest_of_each_level
 from anomalib_resad.method.residual_flow import ResidualFlow
 
-# Share of a photo's patches, the most anomalous ones, whose mean is its score where the levels are joined.
-TOP_SHARE = 0.01
 # Arguments of `build` beside the settings of the method.
 BUILD_ARGUMENTS = ("backbone", "layers", "pre_trained", "weights", "image_size", "sigma")
 

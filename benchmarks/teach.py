@@ -71,7 +71,7 @@ def _measured(inferencer: ResADInferencer, folder: Path) -> Iterator[dict[str, A
         name = f"{folder.name} {draw}"
         bank = inferencer.enroll(name, draw_references(train, SHOTS, draw, name))
         assert bank.threshold is not None
-        before = np.array([each.raw_score for path in photos for each in inferencer.predict_batch([path], name)])
+        before = np.array([inferencer.predict(path, name).raw_score for path in photos])
         for kind in sorted(set(kinds) - {"good"}):
             drawn = seeded(draw, kind).permutation(np.flatnonzero(kinds == kind))
             order = sorted(drawn, key=lambda each: bool(before[each] > bank.threshold))  # stable: missed ones first
@@ -112,8 +112,8 @@ def chosen_raise(rows: pd.DataFrame) -> float:
 
 def _means(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means over the products of the means over their draws of the means over their kinds."""
-    for level in (["product", "draw"], ["product"], []):
-        rows = rows.groupby([*by, *level])[FIGURES].mean().reset_index() if level else rows
+    for level in (["product", "draw"], ["product"]):
+        rows = rows.groupby([*by, *level])[FIGURES].mean().reset_index()
     return rows.groupby(by)[FIGURES].mean()
 
 

@@ -239,3 +239,13 @@ def uploads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the page keeps what is uploaded."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     return tmp_path / "uploads"
+
+
+@pytest.fixture(scope="module", params=["drawn", "shared"])
+def cases(request: pytest.FixtureRequest, share: Callable[..., Path]) -> Path:
+    """Awkward photos: drawn, and those of the shared folder."""
+    from tests import photo_cases  # noqa: PLC0415  # it imports this module
+
+    if request.param == "shared" and not (SHARED / "cases/make_cases.py").is_file():
+        pytest.skip("no shared folder")
+    return share(f"cases_{request.param}", getattr(photo_cases, request.param))

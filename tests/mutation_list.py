@@ -285,7 +285,7 @@ MUTATIONS = [
              "if False:", "test_page_requests"),
     Mutation("deploy/guard.py", "any number of files", "if files > MOST_FILES:", "if False:", "test_page_requests"),
     Mutation("deploy/page.py", "a score of another scale is judged",
-             "if _state(self.inferencer.bank(product)) != last.state:", "if False:", "test_page"),
+             "if self.inferencer.bank(product).checksum != last.state:", "if False:", "test_page"),
     Mutation("deploy/page.py", "another product's score is judged", "if last is None or last.product != product:\n"
              "            return EMPTY", "if last is None:\n            return EMPTY", "test_page"),
     Mutation("deploy/page.py", "files of the server are inspected",

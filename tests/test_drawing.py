@@ -47,6 +47,14 @@ def test_corners_are_clicked_in_pixels_of_the_photo(page: Page, uploads: Path, t
     assert drawing.click(None, "auto", text, None, (1, 1))[0] == text
 
 
+def test_corners_are_of_the_file_where_a_photo_is_read_smaller(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (6000, 3000)).save(tmp_path / "large.jpg")
+    files, drawing = [str(tmp_path / "large.jpg")], Drawing(page)
+    text, picture, _ = drawing.click(files, "auto", None, None, (500, 250))
+    assert text == "3000,1500"
+    assert (500, 250) in marked(picture)
+
+
 def test_what_is_drawn_is_enrolled(page: Page, good: list[Path]) -> None:
     drawing, files = Drawing(page), [str(path) for path in good[:2]]
     side = Image.open(good[0]).width

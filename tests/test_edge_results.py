@@ -24,8 +24,8 @@ from anomalib_resad.deploy.results import Results
 from anomalib_resad.enrollment.files import HEADER
 from anomalib_resad.enrollment.photos import PhotoError, list_photos
 from tests.conftest import SHARED
+from tests.photo_cases import shared
 from tests.test_edge_commands import resad
-from tests.test_photo_cases import shared
 
 FOUND = Prediction(0.7, True, np.zeros((4, 4), np.float32), 1.5)
 PICTURE = Image.new("RGB", (8, 8))

@@ -104,6 +104,16 @@ def test_a_verdict_is_of_one_product_as_it_was(page: Page, good: list[Path], new
     assert "2 photos" in page.enroll("tu\u0308r", [str(good[1])])[0]
 
 
+def test_a_verdict_is_not_of_the_product_in_tiles(page: Page, good: list[Path], new: list[Path]) -> None:
+    """Every change of what is kept of a product makes another score, also one that other commands make."""
+    inferencer = page.inferencer
+    inferencer.enroll("tiles", good[:2], rotations=1)
+    found = page.inspect(str(new[0]), "tiles", 0.5)[1]
+    assert page.verdict(found, "tiles", 0.5) != CHANGED
+    inferencer.enroll("tiles", good[:2], rotations=1, tile_scale=1.0, replace_existing=True)
+    assert page.verdict(found, "tiles", 0.5) == CHANGED
+
+
 def test_the_depth_of_photos_can_be_given(page: Page, tmp_path: Path) -> None:
     """That of files which do not say it; kept for the photos that are added."""
     photos = [tmp_path / f"{number}.png" for number in range(2)]

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Awkward photos on every way through the package: enrolled, trained on, `resad predict` and `anomalib predict`."""
+"""Awkward photos that are enrolled and inspected: on the edge, in `anomalib predict`, with stock datamodules."""
 
 import csv
 import os
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,57 +20,15 @@ from lightning.pytorch import seed_everything
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_resad import CrossCategory, ResAD, cli
+from anomalib_resad import ResAD, cli
 from anomalib_resad.data.photo_check import PhotoCheck
 from anomalib_resad.data.pictures import PhotoVisualizer
 from anomalib_resad.data.product_folder import as_image
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.photos import PhotoError, read_pixels
 from anomalib_resad.method.bank_record import BankRecord
-from tests.conftest import DEFAULT, DISTANCE, SHARED, product, quiet_engine
-
-SIZES = ("line_scan.png", "large.png", "thread.png")
-
-
-def photo(seed: int, width: int = 96, height: int = 96) -> np.ndarray:
-    noise = np.random.default_rng(seed).normal(0, 18, (height, width, 1)) + np.array((120, 130, 140))
-    return (noise + 10 * np.sin(np.arange(width) / 5)[None, :, None]).clip(0, 255).astype(np.uint8)
-
-
-def drawn(folder: Path) -> None:
-    """The awkward photos, as those in the shared folder."""
-    for name in ("bit_depth", "orientation", "pages", "hidden/.thumbnails", "sizes", "damaged"):
-        (folder / name).mkdir(parents=True)
-    deep, orientation = photo(1).astype(np.uint16) * 16, Image.Exif()
-    orientation[274] = 6
-    (folder / "bit_depth/rgb12.ppm").write_bytes(b"P6\n96 96\n65535\n" + deep.byteswap().tobytes())
-    Image.fromarray(deep[..., 0]).save(folder / "bit_depth/gray12.png")
-    for name in ("turned.jpg", "turned.tif", "turned.png"):
-        Image.fromarray(photo(2, 96, 64)).save(folder / "orientation" / name, exif=orientation)
-    pages = [Image.fromarray(photo(seed)) for seed in (3, 4)]
-    pages[0].save(folder / "pages/two_pages.tif", save_all=True, append_images=pages[1:])
-    Image.fromarray(photo(5)).save(folder / "hidden/a.png")
-    Image.fromarray(photo(6)).save(folder / "hidden/.thumbnails/a.png")
-    (folder / "hidden/._a.png").write_bytes(b"Mac OS X")
-    for name, size in zip(SIZES, ((1000, 20_000), (7000, 7000), (8, 60_000)), strict=True):
-        Image.new("L", size, 99).save(folder / "sizes" / name)
-    Image.fromarray(photo(10)).save(folder / "damaged/whole.png")
-    Image.fromarray(photo(9, 300, 300)).save(folder / "damaged/half.png")
-    content = (folder / "damaged/half.png").read_bytes()
-    (folder / "damaged/half.png").write_bytes(content[: len(content) // 2])
-
-
-def shared(folder: Path) -> None:
-    runpy.run_path(str(SHARED / "cases/make_cases.py"))["main"](folder / "all")
-    for each in (folder / "all").iterdir():
-        each.rename(folder / each.name)
-
-
-@pytest.fixture(scope="module", params=["drawn", "shared"])
-def cases(request: pytest.FixtureRequest, share: Callable[..., Path]) -> Path:
-    if request.param == "shared" and not (SHARED / "cases/make_cases.py").is_file():
-        pytest.skip("no shared folder")
-    return share(f"cases_{request.param}", globals()[request.param])
+from tests.conftest import DEFAULT, DISTANCE, product, quiet_engine
+from tests.photo_cases import photo, source
 
 
 @pytest.fixture
@@ -291,81 +247,3 @@ def test_the_bit_depth_stays_with_the_bank() -> None:
     assert BankRecord.from_plain(asdict(record)) == record
     old = {name: value for name, value in asdict(record).items() if name != "bit_depth"}
     assert BankRecord.from_plain(old).bit_depth == 8
-
-
-def source(folder: Path, change: Callable[[Path], object]) -> CrossCategory:
-    """Two small products to train on, one photo of which is changed."""
-    for name in ("one", "two"):
-        for index in range(6):
-            path = folder / name / ("train/good" if index < 4 else "test/good") / f"{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(photo(index)).save(path)
-    change(folder / "two/train/good/3.png")
-    return CrossCategory([product(folder, "one"), product(folder, "two")], val_ratio=0.2, num_workers=0)
-
-
-def fit(folder: Path, data: CrossCategory, **arguments: Any) -> ResAD:
-    model = ResAD(**DEFAULT, visualizer=False, **arguments)
-    quiet_engine(folder, max_epochs=1).fit(model, datamodule=data)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("orientation", "size", "fits"), [(6, (96, 64), True), (6, (64, 96), False), (3, (96, 64), False)]
-)
-def test_masks_of_photos_that_are_shown_turned(
-    tmp_path: Path, orientation: int, size: tuple[int, int], fits: bool
-) -> None:
-    """A mask fits the pixels as they are stored; where its size does not tell, the photo is refused."""
-    exif = Image.Exif()
-    exif[274] = orientation
-    photos = source(tmp_path / "p", lambda _: None)
-    for name in ("test/hole/0.png", "ground_truth/hole/0_mask.png"):
-        path = tmp_path / "p/two" / name
-        path.parent.mkdir(parents=True)
-        if "mask" in name:
-            mask = np.zeros(size[::-1], np.uint8)
-            mask[10:20, 10:20] = 255
-            Image.fromarray(mask).save(path)
-        else:
-            Image.fromarray(photo(0, 96, 64)).save(path, exif=exif)
-    if fits:
-        fit(tmp_path, photos)
-    else:
-        with pytest.raises(PhotoError, match=r"0\.png: .*orientation.*; save it turned"):
-            fit(tmp_path, photos)
-
-
-@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
-def test_a_truncated_source_photo_is_named_before_the_first_epoch(
-    tmp_path: Path, cache_gb: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ResAD, "training_step", lambda *_: pytest.fail("a step was taken"))
-    data = source(tmp_path, lambda path: path.write_bytes(path.read_bytes()[:900]))
-    with pytest.raises(PhotoError, match=r"3\.png: unreadable"):
-        fit(tmp_path, data, cache_gb=cache_gb)
-
-
-def test_unusable_source_photos_are_refused_before_training(cases: Path, tmp_path: Path) -> None:
-    for number, (name, message) in enumerate(
-        {
-            "bit_depth/gray12.png": "does not say how many",
-            "pages/two_pages.tif": "2 pages",
-            "sizes/thread.png": "50 times as long",
-        }.items()
-    ):
-        content = (cases / name).read_bytes()
-        data = source(tmp_path / str(number), lambda path, content=content: path.write_bytes(content))  # type: ignore[misc]
-        with pytest.raises(PhotoError, match=message):
-            fit(tmp_path, data)
-
-
-def test_deep_source_photos_are_trained_on_as_their_copies(cases: Path, tmp_path: Path) -> None:
-    deep = (cases / "bit_depth/gray12.png").read_bytes()
-    copy = Image.fromarray(read_pixels(cases / "bit_depth/gray12.png", 12))
-    weights = []
-    for name, change in (("deep", lambda path: path.write_bytes(deep)), ("plain", copy.save)):
-        seed_everything(0)
-        model = fit(tmp_path, source(tmp_path / name / "products", change), bit_depth=12)
-        weights.append(torch.cat([each.flatten() for each in model.model.estimator.parameters()]))
-    assert torch.equal(*weights)

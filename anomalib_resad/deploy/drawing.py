@@ -2,45 +2,42 @@
 
 """A region of interest as it is drawn on the page: corners that are clicked on the first of the good photos."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from PIL import Image, ImageDraw
 
 from anomalib_resad.deploy.page import Page
 from anomalib_resad.deploy.pictures import BOX, shrunk
 from anomalib_resad.enrollment.decoding import BitDepth
+from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import read_pixels
-from anomalib_resad.enrollment.region import NUMBER
+from anomalib_resad.enrollment.references import size_of
+from anomalib_resad.enrollment.region import corners_of
 
 LONGEST = 1000  # pixels of a side of the picture that is clicked on
-Corner = tuple[float, float]
 
 
-def corners_of(text: str | None) -> list[Corner]:
-    """The corners ``x,y`` in a text, however far it is written."""
-    found = re.findall(rf"({NUMBER})\s*,\s*({NUMBER})", text or "")
-    return [(float(x), float(y)) for x, y in found]
-
-
-def _scale_of(pixels: np.ndarray) -> float:
+def _scale_of(size: Size) -> float:
     """Photo pixels per pixel of the picture."""
-    return max(1.0, max(pixels.shape[:2]) / LONGEST)
+    return max(1.0, max(size) / LONGEST)
 
 
-def drawn(pixels: np.ndarray, text: str | None) -> Image.Image:
+def drawn(photo: str, bit_depth: BitDepth, text: str | None) -> Image.Image:
     """A photo, as small as it is shown, with the corners and the lines between them.
 
     Args:
-        pixels (np.ndarray): The photo, uint8, shape ``(H, W, 3)``.
+        photo (str): Its file.
+        bit_depth (BitDepth): Bits of a channel.
         text (str | None): The corners, in pixels of the photo.
+
+    Raises:
+        PhotoError: If it cannot be read.
     """
-    picture = Image.fromarray(shrunk(pixels, LONGEST))
-    scale = _scale_of(pixels)
-    corners = [(x / scale, y / scale) for x, y in corners_of(text)]
+    picture = Image.fromarray(shrunk(read_pixels(photo, bit_depth), LONGEST))
+    scale = _scale_of(size_of(photo))
+    corners = [(x / scale, y / scale) for x, y in corners_of(text or "")]
     line = max(2, round(min(picture.size) / 150))
     draw = ImageDraw.Draw(picture)
     if len(corners) > 1:
@@ -50,17 +47,21 @@ def drawn(pixels: np.ndarray, text: str | None) -> Image.Image:
     return picture
 
 
-def with_corner(pixels: np.ndarray, text: str | None, clicked: Sequence[float]) -> str:
+def with_corner(photo: str, text: str | None, clicked: Sequence[float]) -> str:
     """The corners and one more.
 
     Args:
-        pixels (np.ndarray): The photo, uint8, shape ``(H, W, 3)``.
+        photo (str): The photo's file.
         text (str | None): The corners so far.
         clicked (Sequence[float]): Where the picture of :func:`drawn` was clicked, x and y in its pixels.
+
+    Raises:
+        PhotoError: If it cannot be read.
     """
-    height, width = pixels.shape[:2]
-    x, y = (min(side, round(each * _scale_of(pixels))) for each, side in zip(clicked, (width, height), strict=True))
-    return " ".join(f"{a:g},{b:g}" for a, b in [*corners_of(text), (x, y)])
+    height, width = size_of(photo)
+    scale = _scale_of((height, width))
+    x, y = (min(side, round(each * scale)) for each, side in zip(clicked, (width, height), strict=True))
+    return " ".join(f"{a:g},{b:g}" for a, b in [*corners_of(text or ""), (x, y)])
 
 
 class Drawing:
@@ -85,7 +86,7 @@ class Drawing:
             last (str | None): The picture that was shown before, which goes.
         """
         with self.page.errors_shown():
-            picture = self.page.uploads.keep(drawn(read_pixels(files[0], bit_depth), text)) if files else None
+            picture = self.page.uploads.keep(drawn(files[0], bit_depth, text)) if files else None
         self.page.uploads.forget([last])
         return picture, gr.skip()
 
@@ -94,7 +95,7 @@ class Drawing:
     ) -> tuple[Any, ...]:
         """The corners with one more, and what :meth:`show` gives; arguments as there, and where was clicked."""
         with self.page.errors_shown():
-            more = with_corner(read_pixels(files[0], bit_depth), text, at) if files else text
+            more = with_corner(files[0], text, at) if files else text
         return more, *self.show(files, bit_depth, more, last)
 
     def restart(self, files: Sequence[str] | None, bit_depth: BitDepth, last: str | None) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
 from anomalib_resad.enrollment.references import References, read_references
-from anomalib_resad.enrollment.region import box_of, check_fits, cut_out
+from anomalib_resad.enrollment.region import box_of, check_fits, cut_out, is_same
 from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
@@ -159,7 +159,6 @@ def check_same(name: str, now: np.ndarray | Size | float | None, used: np.ndarra
     Raises:
         BankError: If it has another one.
     """
-    same = now is used if now is None or used is None else np.array_equal(now, used)
-    if not same:
+    if not is_same(now, used):
         msg = f"{name!r} was given another region, size or tile scale meanwhile. Enroll the photos again."
         raise BankError(msg)

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from anomalib_resad.deploy.bank import Bank, product_name
+from anomalib_resad.deploy.bank import product_name
 from anomalib_resad.deploy.guard import MOST_FILES
 from anomalib_resad.deploy.inferencer import ResADInferencer
 from anomalib_resad.deploy.messages import as_markdown, printable, without_folders
@@ -38,7 +38,7 @@ class Inspection:
 
     Attributes:
         product (str): The product.
-        state (tuple[Any, ...]): What the score depends on (:func:`_state`).
+        state (str): Checksum of the product's bank, which score and places depend on.
         score (float): 0 to 1, 0.5 at the product's threshold.
         photo (str): The file that was inspected.
         picture (str): The file of the map over it.
@@ -47,7 +47,7 @@ class Inspection:
     """
 
     product: str
-    state: tuple[Any, ...]
+    state: str
     score: float
     photo: str
     picture: str
@@ -57,20 +57,13 @@ class Inspection:
 
 def _places(found: Prediction) -> str:
     """Where the map lies above its threshold, the loudest places first; of a good photo too, as the slider may move."""
-    known = found.label is not None
-    regions = find_regions(found.map, found.size, found.min_area) if known else ()
+    regions = find_regions(found.map, found.size, found.min_area) if found.label is False else found.regions or ()
     lines = [
         f"\n- {each.width} x {each.height} pixels at {each.x}, {each.y}: area {each.area:,}, peak {each.peak:.2f}"
         for each in regions[:PLACES]
     ]
     more = f"\n- and {len(regions) - PLACES} more" if len(regions) > PLACES else ""
     return "\n" + "".join(lines) + more if lines else ""
-
-
-def _state(bank: Bank) -> tuple[Any, ...]:
-    """Tells whether a product is still the one that a score was computed with: its photos, and its scale."""
-    region = None if bank.region is None else bank.region.tobytes()
-    return bank.references, bank.rotations, bank.bit_depth, bank.max_patches, bank.threshold, bank.min_area, region
 
 
 def _chosen(product: str | None) -> str:
@@ -180,7 +173,7 @@ class Page:
             picture = self.uploads.keep(found.picture(shrunk(pixels, LONGEST_SHOWN), stretch))
         if last is not None:
             self.uploads.forget([last.picture, last.photo if last.photo != photo else None])
-        now = Inspection(product, _state(bank), found.score, photo, picture, _places(found), found.moved)
+        now = Inspection(product, bank.checksum, found.score, photo, picture, _places(found), found.moved)
         return picture, now, self.verdict(now, product, threshold)
 
     def verdict(self, last: Inspection | None, product: str | None, threshold: float) -> str:
@@ -188,7 +181,7 @@ class Page:
         if last is None or last.product != product:
             return EMPTY
         try:
-            if _state(self.inferencer.bank(product)) != last.state:
+            if self.inferencer.bank(product).checksum != last.state:
                 return CHANGED
         except ValueError:
             return CHANGED

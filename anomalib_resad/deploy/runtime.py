@@ -88,10 +88,11 @@ class Runtime:
                 self._requests[file] = self._compiled(file)
             free = self._requests[file]
         request = free.get()
+        whole = [np.ascontiguousarray(values) for values in inputs]  # kept until the end: tensors may lie in them
         try:
             # Not by `infer(inputs)`: it asks the request for its tensors and holds Python's lock meanwhile, for which
             # OpenVINO waits in another stream. Nor with memory of Python, which cannot be let go without that lock.
-            for number, values in enumerate(map(np.ascontiguousarray, inputs)):
+            for number, values in enumerate(whole):
                 shared = self._streams == 1 and values.flags.writeable
                 request.set_input_tensor(number, ov.Tensor(values, shared_memory=shared))
             request.start_async()

@@ -16,6 +16,7 @@ from anomalib_resad.deploy.bank import TAUGHT, USED, Bank
 from anomalib_resad.deploy.bank_rows import left_out, patches_of
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.enrollment.photos import PhotoError, Reference, by_content
+from anomalib_resad.enrollment.region import is_same
 from anomalib_resad.enrollment.rotations import Rows
 from anomalib_resad.enrollment.taught import BLOCK, RAISE, Taught, nearest
 
@@ -96,8 +97,7 @@ def check_same_view(bank: Bank, region: np.ndarray | None, scale: float | None) 
     """
     if not bank.taught:
         return
-    same = bank.region is region if bank.region is None or region is None else np.array_equal(bank.region, region)
-    if not (same and bank.tile_scale == scale):
+    if not (is_same(bank.region, region) and is_same(bank.tile_scale, scale)):
         _refuse_view(bank)
 
 

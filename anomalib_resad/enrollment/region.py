@@ -71,6 +71,17 @@ def polygon(text: str | None) -> str | None:
     return given or None
 
 
+def corners_of(text: str) -> list[tuple[float, float]]:
+    """The corners ``x,y`` in a text, also in one that is not written to its end."""
+    found = re.findall(rf"({NUMBER})\s*,\s*({NUMBER})", text)
+    return [(float(x), float(y)) for x, y in found]
+
+
+def is_same(now: np.ndarray | Size | float | None, then: np.ndarray | Size | float | None) -> bool:
+    """Whether two regions, sizes, or scales of tiles, are one."""
+    return now is then if now is None or then is None else np.array_equal(now, then)
+
+
 def _kept(size: Sequence[int]) -> tuple[int, int]:
     """The size of a mask of so many pixels in a bank."""
     shrink = min(1.0, LONGEST / max(size))
@@ -85,8 +96,7 @@ def _drawn(text: str, sizes: Sequence[Size]) -> np.ndarray:
         msg = f"A polygon is in pixels of the photos, but they differ in size ({told}). Give the region as a mask file."
         raise ValueError(msg)
     height, width = known[0]
-    numbers = [float(each) for each in re.findall(NUMBER, text)]
-    corners = list(zip(numbers[::2], numbers[1::2], strict=True))
+    corners = corners_of(text)
     outside = [f"{x:g},{y:g}" for x, y in corners if not (0 <= x <= width and 0 <= y <= height)]
     if len(corners) < 3 or outside:
         problem = f"the corners {' '.join(outside)} lie outside" if outside else f"{len(corners)} corners have no area"

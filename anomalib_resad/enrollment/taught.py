@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 # Raise of the score where a patch is e times nearer to a taught patch than to the good ones (squared distances), in
-# standard deviations of good photos' scores. Chosen by benchmarks/teach.py, on all products but the one reported.
+# standard deviations of good photos' scores: the least that benchmarks/teach.py chose, for each product on the others.
 RAISE = 3.0
 EQUAL = 0.01  # squared distance of two keys, which are of unit length, below which patches count as equal
 MOST_PATCHES = 32  # kept of each taught photo, those that cover the others
 COVERED = 0.1  # least share of a patch that a defect covers
-TOP_SHARE = 0.01  # of a photo's patches, whose mean is its score: as in the model
+TOP_SHARE = 0.01  # of a photo's patches, the most anomalous ones, whose mean is its score: the model's, too
 SMOOTHING = 4 / 224  # standard deviation of the smoothing of maps, as a share of their side: that of the model
 BLOCK = 2048  # rows that are compared at once
 
