@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""A service that is stopped in the middle of requests: each of them has an answer, and the status is 0."""
+"""The server's process: its socket, and its end in the middle of requests, each of which has an answer."""
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from anomalib_resad.deploy import ResADInferencer
-
 pytest.importorskip("fastapi", reason="the extra [api] is not installed")
 pytest.importorskip("prometheus_client", reason="the extra [api] is not installed")
+from anomalib_resad.deploy import ResADInferencer
+from anomalib_resad.deploy.service import _listening
 
 # In processes of their own: that of the tests may connect to nothing. Each photo takes a quarter of a second.
 SERVICE = """
@@ -82,3 +83,10 @@ def test_held_requests_are_answered(bundle: Path, good: list[Path], tmp_path: Pa
     told = json.loads(asked.stdout)
     assert told["answers"] == [[200, 8]] * 4
     assert told["late"] == [503, "refused"]
+
+
+@pytest.mark.parametrize("port", [None, 0])
+def test_answers_wait_for_no_acknowledgment(port: int | None) -> None:
+    """Connections take the option over from the socket that is listened on."""
+    with _listening("127.0.0.1", port) as listening:
+        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

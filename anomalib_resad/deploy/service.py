@@ -106,6 +106,10 @@ def _listening(host: str, port: int | None) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for each in PORTS if port is None else [port]:
         with suppress(OSError):
-            return socket.create_server((host.strip("[]"), each), family=family)
+            listening = socket.create_server((host.strip("[]"), each), family=family)
+            # Inherited by connections, for which asyncio sets it only if their socket names TCP, which this one does
+            # not. Else an answer's second part waits 40 ms until the client has acknowledged the first.
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return listening
     msg = f"{host}, port {port or f'{PORTS[0]} to {PORTS[-1]}'}: it is taken, or not of this machine. Pass another one."
     raise OSError(msg)
