@@ -18,6 +18,7 @@ from PIL import Image
 from anomalib_resad import ResAD
 from anomalib_resad.deploy.float32 import save_in_float32
 from anomalib_resad.enrollment.thresholds import Thresholds
+from anomalib_resad.export.halves import trace
 from anomalib_resad.reference_rows import leave_one_out, read_photo
 from tests.conftest import TINY, product, quiet_engine
 
@@ -219,3 +220,13 @@ def test_exporting_changes_nothing(exported: dict[str, Path], trained: Path, tmp
 def test_an_empty_bank_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="reference bank is empty"):
         ResAD(**TINY).to_onnx(tmp_path)
+
+
+def test_tracing_is_out_of_place_and_leaves_the_model_as_it_was(model: ResAD) -> None:
+    places = [module for module in model.model.modules() if getattr(module, "inplace", False)]
+    assert places
+    encoder, _, _ = trace(model)
+    assert not [
+        node.name for node in encoder.graph.nodes if "relu_" in str(node.target) or "hardtanh_" in str(node.target)
+    ]
+    assert all(module.inplace for module in places)

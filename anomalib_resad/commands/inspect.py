@@ -2,6 +2,9 @@
 
 """`resad inspect`: from a few good photos to results, in one command."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +21,18 @@ from anomalib_resad.version import __version__
 
 PRODUCT = "inspected"
 HEADS = Path(__file__).resolve().parents[1] / "heads"
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Switch Python's search for circular garbage off: importing PyTorch and tracing make many objects that stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def cached_bundle(backbone: str, weights: str | None, cache: Path | None) -> Path:
@@ -40,9 +55,9 @@ def cached_bundle(backbone: str, weights: str | None, cache: Path | None) -> Pat
     try:
         read_bundle(path)
     except BundleError:
-        from anomalib_resad.export.ready_bundle import export_ready  # noqa: PLC0415  # PyTorch
+        with _no_collections(), Console(stderr=True).status(f"Making the model of {backbone}, once"):
+            from anomalib_resad.export.ready_bundle import export_ready  # noqa: PLC0415  # PyTorch
 
-        with Console(stderr=True).status(f"Making the model of {backbone}, once"):
             export_ready(backbone, path, weights, replace=path.exists())
         say(f"The model is kept in {path}: {sum(each.stat().st_size for each in path.rglob('*')) / 1e6:.1f} MB.")
     return path
