@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Event, Semaphore
 from typing import Any
 
+import numpy as np
 import openvino
 import pytest
 import torch
@@ -24,6 +25,7 @@ from anomalib_resad import CrossCategory, ProductFolder, ResAD
 from anomalib_resad.checkpoint_io import CHECKSUM, checksum
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.deploy.bundle import DETECTOR, ENCODER, Level, read_manifest
+from anomalib_resad.enrollment.photos import read_pixels
 from anomalib_resad.export.edge_bundle import export_bundle
 from anomalib_resad.method.backbone_weights import PACKAGES
 from benchmarks.products import make_product
@@ -249,3 +251,18 @@ def cases(request: pytest.FixtureRequest, share: Callable[..., Path]) -> Path:
     if request.param == "shared" and not (SHARED / "cases/make_cases.py").is_file():
         pytest.skip("no shared folder")
     return share(f"cases_{request.param}", getattr(photo_cases, request.param))
+
+
+@pytest.fixture(scope="session")
+def missed(products: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Photos with noise, and with stripes, in the box; their masks lie beside them."""
+    folder = tmp_path_factory.mktemp("missed")
+    pixels = read_pixels(products / "tiles" / "test" / "good" / "000.png").copy()
+    stripes = np.where(np.arange(24)[None, :, None] // 2 % 2, 255, 0) * np.ones((24, 24, 3), int)
+    for name, defect in (("noise", np.random.default_rng(0).integers(0, 256, (24, 24, 3))), ("stripes", stripes)):
+        pixels[16:40, 16:40] = defect
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[16:40, 16:40] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return [folder / "noise.png", folder / "stripes.png"]

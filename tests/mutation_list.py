@@ -324,7 +324,7 @@ MUTATIONS = [
              'extra="ignore", allow_inf_nan', "test_bodies"),
     Mutation("deploy/bodies.py", "the order of values is not read", "reshape(shape, order=order)", "reshape(shape)",
              "test_bodies"),
-    Mutation("deploy/api.py", "errors name the server's folders",
+    Mutation("deploy/answers.py", "errors name the server's folders",
              "printable(without_folders(str(error), (inferencer.banks, inferencer.bundle)))", "printable(str(error))",
              "test_api"),
     Mutation("deploy/metrics.py", "every photo is an alarm", "if found.label:", "if True:", "test_api"),

@@ -197,6 +197,9 @@ def test_state_and_description(client: Any, inferencer: ResADInferencer) -> None
         ("/v1/products/{name}/threshold", "put"),
         ("/v1/products/{name}/min_area", "put"),
         ("/v1/products/{name}/inspect", "post"),
+        *(("/v1/products/{name}/taught", verb) for verb in ("post", "delete")),
+        ("/v1/products/{name}/history", "get"),
+        ("/v1/products/{name}/undo", "post"),
     }
 
 

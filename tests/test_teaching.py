@@ -38,21 +38,6 @@ def enrolled(model: ResADInferencer, good: list[Path]) -> ResADInferencer:
     return model
 
 
-@pytest.fixture(scope="session")
-def missed(products: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Photos with noise, and with stripes, in the box; their masks lie beside them."""
-    folder = tmp_path_factory.mktemp("missed")
-    pixels = read_pixels(products / "tiles" / "test" / "good" / "000.png").copy()
-    stripes = np.where(np.arange(24)[None, :, None] // 2 % 2, 255, 0) * np.ones((24, 24, 3), int)
-    for name, defect in (("noise", np.random.default_rng(0).integers(0, 256, (24, 24, 3))), ("stripes", stripes)):
-        pixels[16:40, 16:40] = defect
-        Image.fromarray(pixels).save(folder / f"{name}.png")
-    mask = np.zeros((64, 64), dtype=np.uint8)
-    mask[16:40, 16:40] = 255
-    Image.fromarray(mask).save(folder / "mask.png")
-    return [folder / "noise.png", folder / "stripes.png"]
-
-
 # -- by hand ----------------------------------------------------------------------------------------------------------
 
 

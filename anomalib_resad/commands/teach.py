@@ -2,7 +2,6 @@
 
 """`resad teach`: what a product learns from a defect that was missed."""
 
-import re
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from rich.console import Console
 from anomalib_resad.commands.console import say
 from anomalib_resad.deploy.bank import USED
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.teaching import Box
+from anomalib_resad.deploy.teaching import read_box
 
 
 def teach(
@@ -46,7 +45,7 @@ def teach(
     if photo is None:
         msg = "Give the photo of a defect that was missed (--photo), or --forget."
         raise ValueError(msg)
-    chosen = _box_of(box)
+    chosen = read_box(box)
     before = inferencer.predict(photo, product)
     with Console(stderr=True).status("Teaching"):
         bank = inferencer.teach(product, photo, mask, chosen)
@@ -58,18 +57,3 @@ def teach(
     say(f"{photo} scored {before.score:.3f}, and scores {after.score:.3f} now ({after.status or 'no threshold'}).")
     if mask is None and box is None:
         say("Where the defect is was guessed. To mark it, take this back (`resad undo`) and give --mask or --box.")
-
-
-def _box_of(text: str | None) -> Box | None:
-    """Four numbers.
-
-    Raises:
-        ValueError: If it is something else.
-    """
-    if text is None:
-        return None
-    if not re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+){3}\s*", text):
-        msg = f"box={text[:80]!r} is no box. Give x,y,width,height in pixels of the photo: 120,80,40,25."
-        raise ValueError(msg)
-    x, y, width, height = map(int, text.split(","))
-    return x, y, width, height

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -21,7 +20,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 from starlette.middleware import Middleware
 
-from anomalib_resad.deploy.bank import Bank, BankError, EnrolledError, NotEnrolledError, product_name
+from anomalib_resad.deploy.answers import about, known, public, threshold_told
+from anomalib_resad.deploy.bank import BankError, EnrolledError, NotEnrolledError, UndoError, product_name
 from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bodies import (
     AreaOptions,
@@ -35,13 +35,13 @@ from anomalib_resad.deploy.bodies import (
     received,
 )
 from anomalib_resad.deploy.bundle import BundleError
+from anomalib_resad.deploy.changes import Changes
 from anomalib_resad.deploy.descriptions import refusals, sentence, taking
 from anomalib_resad.deploy.guard import guards
 from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.messages import printable, without_folders
+from anomalib_resad.deploy.messages import printable
 from anomalib_resad.deploy.metrics import Measured, Metrics
-from anomalib_resad.deploy.prediction import scales_of
 from anomalib_resad.deploy.turns import Turns
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.photos import PhotoError
@@ -50,6 +50,8 @@ from anomalib_resad.enrollment.rotations import ORIENTATIONS
 from anomalib_resad.version import __version__
 
 Photos = Annotated[Received, Depends(received)]
+# Products may have come or gone since a request was checked.
+STATUSES: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409, UndoError: 409}
 
 
 class Api:
@@ -84,6 +86,8 @@ class Api:
         router.put("/v1/products/{name}/threshold", responses=refusals(404, 422, 503))(self.set_threshold)
         router.put("/v1/products/{name}/min_area", responses=refusals(404, 422, 503))(self.set_min_area)
         router.post("/v1/products/{name}/inspect", **taking(InspectOptions, 404))(self.inspect)
+        changes = Changes(self.inferencer, self.metrics, self.turns, self.max_upload_mb, self.folder)
+        router.include_router(changes.router())
         return router
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -116,13 +120,13 @@ class Api:
 
     def _described(self, name: str) -> dict[str, Any]:
         try:
-            return self._about(self.inferencer.bank(name))
+            return about(self.inferencer, self.inferencer.bank(name))
         except ValueError as error:
             return {"product": name, "error": public(self.inferencer, error)}
 
     def product(self, name: str) -> dict[str, Any]:
         """One product: its photos, and its threshold of the raw score."""
-        return self._about(self.inferencer.bank(self._known(name)))
+        return about(self.inferencer, self.inferencer.bank(known(self.inferencer, name)))
 
     def enroll(self, name: str, sent: Photos) -> dict[str, Any]:
         """Enroll a product from good photos; 409 if it is there, and not to be replaced."""
@@ -144,55 +148,55 @@ class Api:
                 min_area=options.min_area,
                 region=polygon(options.region),
             )
-        return self._about(bank)
+        return about(self.inferencer, bank)
 
     def add(self, name: str, sent: Photos) -> dict[str, Any]:
         """Add good photos to a product."""
-        name = self._known(name)
+        name = known(self.inferencer, name)
         _, photos = sent.read(Options, self.max_upload_mb)
         with self.turns.turn(), on_disk(photos, self.folder) as files:
-            return self._about(self.inferencer.add(name, files))
+            return about(self.inferencer, self.inferencer.add(name, files))
 
     def remove(self, name: str) -> Response:
         """Remove a product."""
-        name = self._known(name)
+        name = known(self.inferencer, name)
         self.inferencer.remove(name)
         self.metrics.forget(name)
         return Response(status_code=204)
 
     def set_threshold(self, name: str, wanted: ThresholdOptions) -> dict[str, Any]:
         """Give a product its own threshold: of the raw score (`null` for the model's again), or for a rate."""
-        name, given = self._known(name), wanted.model_fields_set
+        name, given = known(self.inferencer, name), wanted.model_fields_set
         if len(given) != 1 or (given == {"false_alarm_rate"} and wanted.false_alarm_rate is None):
             raise HTTPException(422, "Give either a threshold (null for the model's), or a false_alarm_rate.")
         if wanted.false_alarm_rate is None:
-            return self._about(self.inferencer.set_threshold(name, wanted.threshold))
+            return about(self.inferencer, self.inferencer.set_threshold(name, wanted.threshold))
         with self.turns.turn():  # photos may have to be compared with each other
-            return self._about(self.inferencer.calibrate(name, wanted.false_alarm_rate))
+            return about(self.inferencer, self.inferencer.calibrate(name, wanted.false_alarm_rate))
 
     def set_min_area(self, name: str, wanted: AreaOptions) -> dict[str, Any]:
         """Change the fewest pixels of a region that is found."""
-        return self._about(self.inferencer.set_min_area(self._known(name), wanted.min_area))
+        return about(self.inferencer, self.inferencer.set_min_area(known(self.inferencer, name), wanted.min_area))
 
     # -- inspection ---------------------------------------------------------------------------------------------------
 
     def inspect(self, name: str, sent: Photos) -> dict[str, Any]:
         """Inspect photos, all by the threshold that is told."""
-        name = self._known(name)
+        name = known(self.inferencer, name)
         options, photos = sent.read(InspectOptions, self.max_upload_mb)
         with self.turns.turn():
-            known = self.inferencer.loaded(name)
-            inspected = partial(self._inspected, name, known, options.map)
+            loaded = self.inferencer.loaded(name)
+            inspected = partial(self._inspected, name, loaded, options.map)
             results = list(in_order(inspected, photos, self.inferencer.in_flight))
-        return {"product": name, "threshold": self._threshold(known.bank), "results": results}
+        return {"product": name, "threshold": threshold_told(self.inferencer, loaded.bank), "results": results}
 
-    def _inspected(self, name: str, known: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
+    def _inspected(self, name: str, loaded: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
         with self._room:
-            return self._result(name, known, picture, sent)
+            return self._result(name, loaded, picture, sent)
 
-    def _result(self, name: str, known: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
+    def _result(self, name: str, loaded: Loaded, picture: str, sent: Sent) -> dict[str, Any]:
         try:
-            found, pixels = self.inferencer.inspect(sent.photo(), name, known)
+            found, pixels = self.inferencer.inspect(sent.photo(), name, loaded)
         except PhotoError as error:
             return {"photo": sent.name, "error": public(self.inferencer, error)}
         self.metrics.count(name, found)
@@ -207,38 +211,6 @@ class Api:
             return result
         content = found.png(pixels, self.inferencer.manifest.map.threshold is None, picture == "gray")
         return result | {"map": base64.b64encode(content).decode()}
-
-    # -- photos and names ---------------------------------------------------------------------------------------------
-
-    def _known(self, name: str) -> str:
-        name = product_name(name)
-        if name not in self.inferencer.products:
-            raise HTTPException(404, f"{name!r} is not enrolled.")
-        return name
-
-    def _about(self, bank: Bank) -> dict[str, Any]:
-        photos = [{"name": each.name, "sha256": each.sha256} for each in bank.references]
-        return {
-            "product": bank.product,
-            "photos": photos,
-            "rotations": bank.rotations,
-            "bit_depth": bank.bit_depth,
-            "threshold": self._threshold(bank),
-            "own_threshold": bank.threshold is not None,
-            "false_alarm_rate": bank.false_alarm_rate,
-            "min_area": bank.min_area,
-            "region": None if bank.region is None else round(float(bank.region.mean()), 6),
-        }
-
-    def _threshold(self, bank: Bank) -> float | None:
-        """On the scale of the raw score; ``None`` where the model has none."""
-        threshold = float(scales_of(self.inferencer.manifest, bank)[0][0])
-        return None if np.isnan(threshold) else threshold
-
-
-def public(inferencer: ResADInferencer, error: Exception) -> str:
-    """An error's text, without the server's folders."""
-    return printable(without_folders(str(error), (inferencer.banks, inferencer.bundle)))
 
 
 def application(
@@ -284,8 +256,7 @@ def application(
     app.state.turns = served.turns  # which are waited for when the process is to end
 
     def refused(_: Request, error: Exception) -> JSONResponse:
-        kinds: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409}  # since the request was checked
-        status = 503 if isinstance(error, BankError | BundleError | OSError) else kinds.get(type(error), 422)
+        status = 503 if isinstance(error, BankError | BundleError | OSError) else STATUSES.get(type(error), 422)
         return JSONResponse({"detail": public(inferencer, error)}, status)
 
     def misused(_: Request, error: Exception) -> JSONResponse:

@@ -45,6 +45,10 @@ class EnrolledError(ValueError):
     """There is such a product already."""
 
 
+class UndoError(ValueError):
+    """There is nothing to undo."""
+
+
 @dataclass(frozen=True)
 class Bank:
     """Features of the good photos of one product.

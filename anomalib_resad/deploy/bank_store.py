@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
-from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, NotEnrolledError, bank_file, product_name
+from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, NotEnrolledError, UndoError, bank_file, product_name
 from anomalib_resad.deploy.bank_reading import check_bank, parse_bank, read_bank
 from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
 from anomalib_resad.deploy.bundle import Manifest
@@ -182,7 +182,7 @@ class BankStore:
             Step: The one that was undone.
 
         Raises:
-            ValueError: If there is no such step, or the product is already what it was then.
+            UndoError: If there is no such step, or the product is already what it was then.
             BankError: If what was kept cannot be used with this bundle.
         """
         steps = self.steps(name)
@@ -190,12 +190,13 @@ class BankStore:
         chosen = {each.number: each for each in steps}.get(last if number is None else number)
         if chosen is None:
             kept = f"{steps[0].number} to {last}" if steps else "none"
-            msg = f"{name!r} has no step {number or ''} that could be undone; kept are {kept}. See `resad history`."
-            raise ValueError(msg)
+            which = "step" if number is None else f"step {number}"
+            msg = f"{name!r} has no {which} that could be undone; kept are {kept}. See `resad history`."
+            raise UndoError(msg)
         content = self._history.before(name, chosen.number)
         if content == self._content(name):
             msg = f"{name!r} is what it was before step {chosen.number}. Nothing was changed."
-            raise ValueError(msg)
+            raise UndoError(msg)
         where = f"{name}, as it was before step {chosen.number},"
         bank = None if content is None else parse_bank(content, self.manifest, where)
         self._put(name, content, bank, f"undo {chosen.number}")

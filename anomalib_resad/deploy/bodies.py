@@ -82,6 +82,19 @@ class InspectOptions(Options):
     )
 
 
+class TeachOptions(Options):
+    """Where the defect of a photo is that is taught: one of the two."""
+
+    mask: "JsonPhoto | None" = Field(None, description="Where the defect is: a mask of the photo's size, white there.")
+    box: str | None = Field(None, description="The same as x,y,width,height in pixels of the photo.")
+
+
+class UndoOptions(Options):
+    """What is undone."""
+
+    step: int | None = Field(None, description="Number of the step, later ones with it; null for the last one.")
+
+
 class ThresholdOptions(Options):
     """A product's threshold: one of the two."""
 
@@ -178,13 +191,18 @@ class JsonPhoto(BaseModel):
     shape: list[int] | None = Field(None, description="Of values: height, width and 3 for RGB, or height and width.")
     dtype: Dtype = "uint8"
 
+    def sent(self) -> Sent:
+        """The same as of any body."""
+        return Sent(self.name, self.content, self.shape, self.dtype)
+
 
 class JsonBody(BaseModel):
-    """Photos in JSON; options stand beside them."""
+    """Photos in JSON, and a mask where one belongs; options stand beside them."""
 
     model_config = ConfigDict(extra="allow")
 
     photos: list[JsonPhoto] = Field(min_length=1, max_length=MOST_FILES)
+    mask: JsonPhoto | None = None
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------
@@ -219,25 +237,33 @@ class Received:
         if not photos or not all(each.content for each in photos):
             empty = next((f"{each.name!r} is empty" for each in photos), "No photo was sent")
             raise HTTPException(422, f"{empty}. Send 1 to {MOST_FILES} photos (`photos` of a form or of JSON).")
-        for each in photos:
+        masks = [each.sent() for each in fields.values() if isinstance(each, JsonPhoto)]
+        for each in [*photos, *masks]:
             if len(each.content) > most_mb * 1_000_000:
                 raise HTTPException(413, f"{each.name!r} is larger than {most_mb} MB (--max_upload_mb).")
         return chosen, photos
 
     def _form(self, most_mb: int) -> tuple[dict[str, Any], list[Sent]]:
         assert isinstance(self.body, FormData)
-        fields = {name: value for name, value in self.body.multi_items() if name != "photos"}
+        most = most_mb * 1_000_000 + 1
+        fields = {
+            name: JsonPhoto(name=value.filename or name, content=value.file.read(most), shape=None)
+            if isinstance(value, UploadFile)
+            else value
+            for name, value in self.body.multi_items()
+            if name != "photos"
+        }
         files = self.body.getlist("photos")
         if not all(isinstance(each, UploadFile) for each in files):
             raise HTTPException(422, "`photos` of a form are files. With curl: -F photos=@photo.png")
-        read = [(each, each.file.read(most_mb * 1_000_000 + 1)) for each in files if isinstance(each, UploadFile)]
+        read = [(each, each.file.read(most)) for each in files if isinstance(each, UploadFile)]
         return fields, [Sent(each.filename or UNNAMED, content) for each, content in read]
 
     def _one_body(self, body: bytes) -> tuple[dict[str, Any], list[Sent]]:
         if self.kind == JSON:
             given = JsonBody.model_validate_json(body)
-            photos = [Sent(each.name, each.content, each.shape, each.dtype) for each in given.photos]
-            return given.model_extra or {}, photos
+            masks = {} if given.mask is None else {"mask": given.mask}
+            return (given.model_extra or {}) | masks, [each.sent() for each in given.photos]
         if self.kind != RAW and not self.kind.startswith("image/"):
             raise HTTPException(
                 415, f"Content-Type {self.kind or '(none)'}: send photos as {FORM}, {JSON}, {RAW} or image/*."

@@ -10,7 +10,7 @@ from anomalib_resad.deploy.guard import MOST_FILES
 
 REFUSALS = {
     404: "The product is not enrolled",
-    409: "The product is there, and is not to be replaced",
+    409: "The product is there, and is not to be replaced; or there is nothing to undo",
     413: "A photo, or the request, is too large",
     415: "The body is of a type that is not read",
     422: "A photo or an option cannot be used; `detail` says why",
@@ -24,14 +24,15 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": REFUSALS[status]} for status in statuses}
 
 
-def taking(options: type[Options], status: int) -> dict[str, Any]:
+def taking(options: type[Options], status: int, most: int = MOST_FILES) -> dict[str, Any]:
     """What is told of a request that carries photos.
 
     Args:
         options (type[Options]): Its options.
         status (int): That of a product that is missing, or there.
+        most (int): Most photos.
     """
-    return {"openapi_extra": _described(options), "responses": refusals(status, 413, 415, 422, 429, 503)}
+    return {"openapi_extra": _described(options, most), "responses": refusals(status, 413, 415, 422, 429, 503)}
 
 
 def sentence(problems: Iterable[Any]) -> str:
@@ -45,15 +46,18 @@ def _told(problem: Any) -> str:  # noqa: ANN401  # a dictionary of pydantic's
     return f"{where}: {problem['msg']}{shown}" if where else f"{problem['msg']}{shown}"
 
 
-def _described(options: type[Options]) -> dict[str, Any]:
+def _described(options: type[Options], most: int) -> dict[str, Any]:
     fields = options.model_json_schema()["properties"]
+    mask = fields.pop("mask", None)  # a file, which no address holds
     photo = JsonPhoto.model_json_schema(ref_template="")
     photo["properties"]["content"] |= {"format": "byte"}
-    listed = {"type": "array", "minItems": 1, "maxItems": MOST_FILES}
+    listed = {"type": "array", "minItems": 1, "maxItems": most}
     file = {"type": "string", "format": "binary"}
 
     def body(item: dict[str, Any]) -> dict[str, Any]:
         properties = {"photos": listed | {"items": item}, **fields}
+        if mask is not None:
+            properties["mask"] = item | {"description": mask["description"]}
         return {"schema": {"type": "object", "required": ["photos"], "properties": properties}}
 
     told = (

@@ -2,6 +2,7 @@
 
 """Teach a product defects that were missed, with OpenVINO alone."""
 
+import re
 from typing import TypeAlias
 
 import numpy as np
@@ -134,6 +135,21 @@ class Teaching(Products):
         else:
             defect = rows[chosen]
         return defect[thin_out(defect, MOST_PATCHES)]
+
+
+def read_box(text: str | None) -> Box | None:
+    """A box that was written as ``x,y,width,height``; ``None`` where nothing was.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"\s*-?\d+(\s*,\s*-?\d+){3}\s*", text):
+        msg = f"box={text[:80]!r} is no box. Give x,y,width,height in pixels of the photo: 120,80,40,25."
+        raise ValueError(msg)
+    x, y, width, height = map(int, text.split(","))
+    return x, y, width, height
 
 
 def _marked(size: Size, mask: Mask, box: Box | None) -> np.ndarray | None:
