@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -119,8 +119,19 @@ def _enroll(inferencer: ResADInferencer, photos: Sequence[Path]) -> tuple[Bank, 
 
     bank, first = timed("try")
     seconds = {"enroll_first_s": first, "enroll_s": statistics.median(timed("try")[1] for _ in range(3))}
-    seconds |= {"enroll_plain_s": timed("plain", 1)[1], "enroll_rotated_s": timed("rotated", ORIENTATIONS)[1]}
+    for name, rotations in (("plain", 1), ("rotated", ORIENTATIONS)):
+        seconds[f"enroll_{name}_s"] = statistics.median(timed(name, rotations)[1] for _ in range(3))
     return bank, seconds
+
+
+def enrollment_table(results: Mapping[str, Mapping[str, Any]], photos: int) -> str:
+    """Seconds to enroll photos, as CSV: a row for each backbone, in one orientation and in all."""
+    rows = [
+        f"{backbone},{photos},{rotations},{result[f'enroll_{name}_s']:.4g}"
+        for backbone, result in results.items()
+        for name, rotations in (("plain", 1), ("rotated", ORIENTATIONS))
+    ]
+    return "\n".join(["backbone,photos,orientations,seconds", *rows, ""])
 
 
 def _patchcore_ms(path: Path, pixels: np.ndarray, threads: int) -> dict[str, float]:
@@ -216,7 +227,7 @@ def run(
         checkpoint: A trained ResAD.
         references: Folder of good photos to enroll.
         photos: Folder of test photos, the good ones in a folder `good`.
-        output: Folder for ``parity.json`` and ``edge.json``.
+        output: Folder for ``parity.json``, ``edge.json``, and ``enrollment.csv`` with the time that enrolling takes.
         calibration: Folder of good photos to calibrate INT8 on.
         most: Photos to compare on and to inspect, evenly spaced.
         threads: CPU threads of OpenVINO.
@@ -247,6 +258,7 @@ def run(
             results[backbone] = _apart(folder / "device.json", **given, **numbers)
     record = {key: parity[key] for key in ("checkpoint", "references", "photos", "versions", "cpu")}
     write_whole(output / "edge.json", (json.dumps(record | {"results": results}, indent=2) + "\n").encode())
+    write_whole(output / "enrollment.csv", enrollment_table(results, len(list_photos(references))).encode())
     shown = Table("", *results)
     for key, value in next(iter(results.values())).items():
         if isinstance(value, float):

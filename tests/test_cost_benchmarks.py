@@ -18,7 +18,7 @@ import torch
 
 from anomalib_resad.deploy import ResADInferencer
 from anomalib_resad.enrollment.ranking import auroc
-from benchmarks.edge import auroc_of
+from benchmarks.edge import auroc_of, enrollment_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "test_resnet.r160_in1k"  # timm's smallest ResNet
@@ -103,6 +103,9 @@ def test_edge_without_torch(bundle: Path, products: Path, tmp_path: Path) -> Non
     assert result["ratio"] > 0
     assert result["rotations"] == 1
     assert result["enroll_rotated_s"] > result["enroll_plain_s"] > 0
+    plain, rotated = csv.DictReader(enrollment_table({"tiny": result}, 4).splitlines())
+    assert (plain["photos"], plain["orientations"], rotated["orientations"]) == ("4", "1", "8")
+    assert float(rotated["seconds"]) > float(plain["seconds"])
     assert [row["max_patches"] for row in result["coreset"]] == [None, 4000, 1000]
     assert all(0 <= row["image_auroc"] <= 1 for row in result["coreset"])
 
