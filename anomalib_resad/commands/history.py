@@ -10,7 +10,7 @@ from rich.table import Table
 from anomalib_resad.commands.console import say
 from anomalib_resad.deploy.history import KEPT
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.messages import print_table, printable
+from anomalib_resad.deploy.messages import print_table
 from anomalib_resad.deploy.prediction import threshold_of
 
 
@@ -24,9 +24,7 @@ def history(bundle: Path, product: str, banks: Path | None = None) -> None:
     """
     table = Table("step", "time (UTC)", "what", "photos", "own threshold")
     for step in ResADInferencer(bundle, banks=banks).history(product):
-        own = "-" if step.threshold is None else f"{step.threshold:.4g}"
-        when = step.time.removesuffix("+00:00").replace("T", " ")
-        table.add_row(str(step.number), when, escape(printable(step.what)), str(step.photos), own)
+        table.add_row(*map(escape, step.row()))
     print_table(table)
     say(f"The last {KEPT} steps are kept. Undo the last one with `resad undo`, an earlier one with --step.")
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from anomalib_resad.commands.console import say
-from anomalib_resad.deploy.bank import USED
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.teaching import read_box
+from anomalib_resad.deploy.teaching import in_words, read_box
 
 
 def teach(
@@ -49,11 +48,8 @@ def teach(
     before = inferencer.predict(photo, product)
     with Console(stderr=True).status("Teaching"):
         bank = inferencer.teach(product, photo, mask, chosen)
-    used, after = bank.arrays[USED], inferencer.predict(photo, product)
-    say(
-        f"{product} was taught defects of {len(bank.taught)} photos by now: {used.sum()} patches count, "
-        f"{len(used) - used.sum()} do not, since they resemble good photos."
-    )
+    after = inferencer.predict(photo, product)
+    say(in_words(bank))
     say(f"{photo} scored {before.score:.3f}, and scores {after.score:.3f} now ({after.status or 'no threshold'}).")
     if mask is None and box is None:
         say("Where the defect is was guessed. To mark it, take this back (`resad undo`) and give --mask or --box.")

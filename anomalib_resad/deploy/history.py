@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from anomalib_resad.deploy.bank import Bank, BankError, product_name
+from anomalib_resad.deploy.messages import printable
 from anomalib_resad.enrollment.files import PART, write_whole
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,12 @@ class Step:
     threshold: float | None
     before: str
     after: str
+
+    def row(self) -> list[str]:
+        """As it is listed: number, time (UTC), what, photos, own threshold."""
+        when = self.time.removesuffix("+00:00").replace("T", " ")
+        own = "-" if self.threshold is None else f"{self.threshold:.4g}"
+        return [str(self.number), when, printable(self.what), str(self.photos), own]
 
 
 class History:

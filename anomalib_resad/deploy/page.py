@@ -66,7 +66,7 @@ def _places(found: Prediction) -> str:
     return "\n" + "".join(lines) + more if lines else ""
 
 
-def _chosen(product: str | None) -> str:
+def chosen(product: str | None) -> str:
     """The product.
 
     Raises:
@@ -210,29 +210,29 @@ class Page:
     def keep_threshold(self, product: str | None, threshold: float, last: Inspection | None = None) -> tuple[Any, ...]:
         """Make the slider's value the product's own threshold, 0.5 from then on, and inspect the photo anew."""
         with self.errors_shown():
-            name = _chosen(product)
+            name = chosen(product)
             scale, _ = scales_of(self.inferencer.manifest, self.inferencer.bank(name))
             self.inferencer.set_threshold(name, denormalize(float(threshold), *(float(each) for each in scale)))
-            return self._judged_anew(name, f"The threshold of **{name}** was kept; it is at 0.5 from now on.", last)
+            return self.judged_anew(name, f"The threshold of **{name}** was kept; it is at 0.5 from now on.", last)
 
     def calibrate(self, product: str | None, percent: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
         """Give the product the threshold for a false-alarm rate, or without one the model's, and inspect anew."""
         with self.errors_shown():
-            name = _chosen(product)
+            name = chosen(product)
             if percent is None:
                 bank = self.inferencer.set_threshold(name, None)
             else:
                 bank = self.inferencer.calibrate(name, float(percent) / 100)
-            return self._judged_anew(name, f"**{name}** has {threshold_of(self.inferencer.manifest, bank)}.", last)
+            return self.judged_anew(name, f"**{name}** has {threshold_of(self.inferencer.manifest, bank)}.", last)
 
     def leave_out(self, product: str | None, min_area: float | None, last: Inspection | None = None) -> tuple[Any, ...]:
         """Leave out regions of fewer pixels of the photo, and inspect anew."""
         with self.errors_shown():
-            name = _chosen(product)
+            name = chosen(product)
             bank = self.inferencer.set_min_area(name, int(min_area or 0))
-            return self._judged_anew(name, f"Regions of **{name}** under {bank.min_area:,} pixels are left out.", last)
+            return self.judged_anew(name, f"Regions of **{name}** under {bank.min_area:,} pixels are left out.", last)
 
-    def _judged_anew(self, product: str, said: str, last: Inspection | None) -> tuple[Any, ...]:
+    def judged_anew(self, product: str, said: str, last: Inspection | None) -> tuple[Any, ...]:
         """What is shown once a product is judged in another way."""
         if last is None or last.product != product or not Path(last.photo).exists():
             picture, now, _, verdict = self.clear(last)

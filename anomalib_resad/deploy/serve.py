@@ -20,21 +20,12 @@ from gradio.utils import get_upload_folder
 from anomalib_resad.deploy import api
 from anomalib_resad.deploy.drawing import Drawing
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.deploy.page import EMPTY, REFUSED, Page
+from anomalib_resad.deploy.page import REFUSED, Page
+from anomalib_resad.deploy.page_changes import PageChanges
+from anomalib_resad.deploy.tabs import inspect_tab, products_tab
 from anomalib_resad.deploy.uploads import Uploads
-from anomalib_resad.enrollment.calibration import USUAL_RATE
-from anomalib_resad.enrollment.decoding import BitDepth
-from anomalib_resad.enrollment.photos import EXTENSIONS
-from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations
 
 FONT = ["system-ui", "sans-serif"]  # of the browser: the page must work without a network
-CHOICES: list[tuple[str, Rotations]] = [
-    ("as the photos show", "auto"),
-    ("any way round", ORIENTATIONS),
-    ("always as in the photos", 1),
-]
-DEPTHS: list[tuple[str, BitDepth]] = [("what the files say", "auto"), *((str(bits), bits) for bits in (10, 12, 14, 16))]
-SEVERAL: dict[str, Any] = {"file_count": "multiple", "file_types": sorted(EXTENSIONS), "type": "filepath"}
 _MOVE = Block.async_move_resource_to_block_cache
 REQUESTS_KEPT = 4  # as many of the largest requests fit on the disk
 
@@ -45,9 +36,9 @@ def build(page: Page) -> gr.Blocks:
         gr.Markdown("# ResAD\nEnroll a product with a few good photos, then inspect new ones.")
         found = gr.State(None)
         with gr.Tab("Inspect") as inspecting, gr.Row():
-            product, photo, inspect, picture, verdict, threshold, keep, *settings = _inspect_tab(page)
+            product, photo, inspect, picture, verdict, threshold, keep, *settings = inspect_tab(page)
         with gr.Tab("Products") as managing, gr.Row():
-            name, *of_photos, corners, restart, enroll, remove, message, table = _products_tab(page)
+            name, *of_photos, corners, restart, enroll, remove, undo, message, table = products_tab(page)
         # Gradio's preprocessing would open images, and knows of each session's first choice of products alone.
         raw: dict[str, Any] = {"preprocess": False}
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
@@ -66,7 +57,7 @@ def build(page: Page) -> gr.Blocks:
         done.success(page.in_place(page.fitting, nothing), chosen, shown, **quiet)
         # Of a user alone: where an action sets the slider, it says its own verdict.
         threshold.input(page.verdict, [found, product, threshold], verdict, **quiet)
-        percent, calibrate, min_area, leave_out = settings
+        percent, calibrate, min_area, leave_out, *changes = settings
         for button, action, value in (
             (keep, page.keep_threshold, threshold),
             (calibrate, page.calibrate, percent),
@@ -80,7 +71,8 @@ def build(page: Page) -> gr.Blocks:
                 **raw,
             )
         _drawing(page, of_photos, corners, restart, message, quiet)
-        for each in _enrolling(page, name, of_photos, enroll, remove, [message, table, product], raw):
+        _changing(page, changes, (photo, product, found), [threshold, table, verdict, picture, found], raw)
+        for each in _enrolling(page, name, of_photos, [enroll, remove, undo], [message, table, product], raw):
             each.success(page.clear, found, shown, **quiet)
     return blocks
 
@@ -89,8 +81,7 @@ def _enrolling(
     page: Page,
     name: gr.Textbox,
     of_photos: list[Any],
-    enroll: gr.Button,
-    remove: gr.Button,
+    buttons: list[gr.Button],
     told: list[Any],
     raw: dict[str, Any],
 ) -> list[Any]:
@@ -98,10 +89,42 @@ def _enrolling(
     refused = [REFUSED, gr.skip(), gr.skip()]
     enrolling = page.in_place(page.enroll, [*refused, gr.skip(), gr.skip()])
     removing = page.in_place(page.remove, refused)
+    undoing = page.in_place(PageChanges(page).undo_named, refused)
+    enroll, remove, undo = buttons
     return [
         enroll.click(enrolling, [name, *of_photos], [*told, of_photos[0], of_photos[-1]], api_name="enroll", **raw),
         remove.click(removing, name, told, api_name="remove", **raw),
+        undo.click(undoing, name, told, api_name="undo_named", **raw),
     ]
+
+
+def _changing(page: Page, changes: list[Any], given: tuple[Any, ...], shown: list[Any], raw: dict[str, Any]) -> None:
+    """Connect what teaches and undoes."""
+    actions = PageChanges(page)
+    (marked, corners, restart, teach), (steps, undo) = changes
+    photo, product, found = given
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
+    refused = [gr.skip(), gr.skip(), REFUSED, *[gr.skip()] * 4]
+    drawn, skipped = [marked, corners], [gr.skip()] * 2
+    click = page.in_place(actions.click, skipped)
+
+    def clicked(photo: Any, name: Any, text: Any, last: Any, event: gr.SelectData) -> tuple[Any, ...]:  # noqa: ANN401
+        return click(photo, name, text, last, list(event.index))  # Gradio gives an event by its type alone
+
+    gr.on(
+        [photo.change, product.change, restart.click],
+        page.in_place(actions.restart, skipped),
+        [photo, product, corners],
+        drawn,
+        **quiet,
+    )
+    marked.input(page.in_place(actions.show, skipped), [photo, product, marked, corners], drawn, **quiet)
+    corners.select(clicked, [photo, product, marked, corners], drawn, **quiet)
+    gr.on([product.change, shown[2].change], actions.steps, product, steps, **quiet)
+    teaching, undoing = page.in_place(actions.teach, refused), page.in_place(actions.undo, refused)
+    taught = teach.click(teaching, [photo, product, marked, found], [*shown, marked, steps], api_name="teach", **raw)
+    taught.success(page.in_place(actions.restart, skipped), [photo, product, corners], drawn, **quiet)
+    undo.click(undoing, [product, found], [*shown, product, steps], api_name="undo", **raw)
 
 
 def _drawing(
@@ -120,73 +143,6 @@ def _drawing(
     gr.on([files.change, region.input], page.in_place(drawing.show, refused[1:]), given, told[1:], **quiet)
     corners.select(clicked, given, told, **quiet)
     restart.click(page.in_place(drawing.restart, refused), [files, bit_depth, corners], told, **quiet)
-
-
-def _inspect_tab(page: Page) -> tuple[Any, ...]:
-    with gr.Column():
-        product = gr.Dropdown(page.inferencer.products, label="Product", elem_id="product")
-        photo = gr.Image(label="Photo", type="filepath", sources=["upload"], height=360, elem_id="photo")
-        inspect = gr.Button("Inspect", variant="primary", elem_id="inspect")
-    with gr.Column():
-        picture = gr.Image(
-            label="Where it differs",
-            type="filepath",
-            interactive=False,
-            height=360,
-            elem_id="map",
-            buttons=["download", "fullscreen"],  # sharing would send it to another server
-        )
-        verdict = gr.Markdown(EMPTY, elem_id="verdict")
-        threshold = gr.Slider(0.01, 0.99, 0.5, step=0.005, label="Threshold", elem_id="threshold", buttons=[])
-        keep = gr.Button("Keep this threshold for the product", elem_id="keep")
-        with gr.Row():
-            percent = gr.Number(
-                100 * USUAL_RATE,
-                label="Good photos that may alarm, in per cent (empty: the model's threshold)",
-                elem_id="percent",
-                buttons=[],
-            )
-            calibrate = gr.Button("Set the threshold from the product's photos", elem_id="calibrate")
-        with gr.Row():
-            min_area = gr.Number(0, label="Fewest pixels of a place that is found", elem_id="min_area", buttons=[])
-            leave_out = gr.Button("Leave out smaller places", elem_id="leave_out")
-    return product, photo, inspect, picture, verdict, threshold, keep, percent, calibrate, min_area, leave_out
-
-
-def _products_tab(page: Page) -> tuple[Any, ...]:
-    usual = page.inferencer.manifest.rotations
-    with gr.Column():
-        name = gr.Textbox(label="Product", placeholder="a new name, or an enrolled one to add photos to")
-        files = gr.File(label="Good photos", elem_id="files", **SEVERAL)
-        rotations = gr.Radio(
-            CHOICES,
-            value=usual if usual in dict(CHOICES).values() else None,
-            label="How the product lies",
-            elem_id="rotations",
-        )
-        bit_depth = gr.Dropdown(DEPTHS, value="auto", label="Bits of a channel, if more than 8", elem_id="bit_depth")
-        with gr.Accordion("What counts, if not the whole photo", open=False, elem_id="counts"):
-            corners = gr.Image(
-                label="Click the corners of what counts",
-                type="filepath",
-                interactive=False,
-                height=360,
-                elem_id="corners",
-                buttons=[],
-            )
-            region = gr.Textbox(label="Corners, in pixels of the photo", placeholder="x,y x,y x,y", elem_id="region")
-            restart = gr.Button("No corners: the whole photo counts", elem_id="restart")
-        enroll = gr.Button("Enroll", variant="primary", elem_id="enroll")
-        remove = gr.Button("Remove this product", variant="stop")
-        message = gr.Markdown(elem_id="message")
-    table = gr.Dataframe(
-        page.products,
-        headers=["product", "photos", "MB", "threshold"],
-        interactive=False,
-        label="Enrolled",
-        elem_id="table",
-    )
-    return name, files, rotations, bit_depth, region, corners, restart, enroll, remove, message, table
 
 
 def _move_uploads_alone(block: Block, path: str | Path | None) -> Coroutine[Any, Any, str | None]:

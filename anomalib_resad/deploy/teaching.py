@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import TAUGHT, Bank
+from anomalib_resad.deploy.bank import TAUGHT, USED, Bank
 from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bundle import Level
 from anomalib_resad.deploy.enrolling import check_same, looked_at, read_photos
@@ -135,6 +135,15 @@ class Teaching(Products):
         else:
             defect = rows[chosen]
         return defect[thin_out(defect, MOST_PATCHES)]
+
+
+def in_words(bank: Bank) -> str:
+    """What a product was taught by now."""
+    used = bank.arrays[USED]
+    return (
+        f"{bank.product} was taught defects of {len(bank.taught)} photos by now: {used.sum()} patches count, "
+        f"{len(used) - used.sum()} do not, since they resemble good photos."
+    )
 
 
 def read_box(text: str | None) -> Box | None:
