@@ -35,8 +35,8 @@ def serve(
         max_upload_mb: Largest file that is accepted.
         max_total_mb: Largest request, of up to 20 files.
         page: Serve the page; without it the API alone, which does not need Gradio.
-        streams: Photos that are computed at the same time: with as many as there are cores, several clients are served
-            faster, and a single one slower.
+        streams: Photos that are computed at the same time, for machines with many cores: waits of several clients are
+            more even, and a single one waits longer.
     """
     hosts = allowed_hosts.split(",") if isinstance(allowed_hosts, str) else (allowed_hosts or [])
     token = token or os.environ.get("RESAD_TOKEN")

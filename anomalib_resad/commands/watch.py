@@ -49,7 +49,7 @@ def watch(
         patience: Seconds without a change after which a file that cannot be read is recorded as failed.
         webhook: Address that each row is sent to as JSON; while it does not answer, rows wait.
         mqtt: The same for an MQTT broker, as host:port/topic.
-        streams: Photos that are computed at the same time where several are complete: more in a second, each slower.
+        streams: Photos that are computed at the same time where several are complete, each slower: for many cores.
     """
     if folder.resolve() in (output.resolve(), *output.resolve().parents):
         msg = f"--output {output} is in {folder}: maps would be taken for photos. Choose a folder outside of it."

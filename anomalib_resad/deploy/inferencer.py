@@ -38,7 +38,7 @@ class ResADInferencer(Teaching):
         threads (int | None): Most CPU threads; ``None`` leaves it to OpenVINO.
         most_loaded (int): Most banks kept in memory, the least recently used dropped first.
         streams (int): Photos that are computed at the same time. With 1, each photo has all CPU threads, and its result
-            is there soonest; with as many as there are cores, more photos are done in a second.
+            is there soonest; several share them, for machines with many cores.
 
     Attributes:
         size (int): Bytes of the bundle.
