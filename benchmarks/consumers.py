@@ -245,7 +245,7 @@ def compare(
         folder = Path(name)
         judges = of_checkpoint(checkpoint, references, folder, onnx)
         inferencer = ResADInferencer(bundle, banks=folder / "banks")
-        inferencer.enroll(PRODUCT, references)
+        inferencer.enroll(PRODUCT, references, false_alarm_rate=None)  # by the threshold of the checkpoint, like all
 
         def on_the_edge(photo: Path) -> Verdict:
             found = inferencer.predict(photo, PRODUCT)

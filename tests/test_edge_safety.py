@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
 
 from anomalib_resad.deploy import BankError, BundleError, ResADInferencer
 from anomalib_resad.deploy.bank import Bank
@@ -39,22 +38,6 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         pixels = generator.integers(0, 255, (16, 16, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.png")
     return sorted(folder.iterdir())
-
-
-def test_a_bank_is_a_file_of_half_precision(bundle_default: Path, good: list[Path], tmp_path: Path) -> None:
-    """If it was enrolled so: rows of an earlier version stay as they are."""
-    inferencer, path = ResADInferencer(bundle_default, banks=tmp_path), tmp_path / "tiles.safetensors"
-    bank = inferencer.enroll("tiles", good[:2], rotations=1)
-    single = sum(rows.nbytes for rows in bank.arrays.values())
-    assert bank.size == single / 2
-    assert path.stat().st_size < single / 2 + 4096
-    for name, rows in inferencer.bank("tiles").arrays.items():
-        assert rows.dtype == np.float32
-        assert np.array_equal(rows, bank.arrays[name])
-    earlier = replace(bank, arrays={name: rows + np.float32(1e-6) for name, rows in bank.arrays.items()})
-    earlier.save(path)
-    assert {rows.dtype for rows in load_file(path).values()} == {np.dtype(np.float32)}
-    assert np.array_equal(inferencer.bank("tiles").arrays["rows_0"], earlier.arrays["rows_0"])
 
 
 def test_nothing_is_lost_where_several_add_at_once(bundle: Path, tmp_path: Path, many: list[Path]) -> None:

@@ -23,7 +23,6 @@ from anomalib_resad.enrollment.thresholds import is_threshold
 FORMAT = "resad-bank-2"
 FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, of tiles, or of a size: versions that know none refuse it
 FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
-HALF = "-half"  # behind the format of a file that holds rows in half precision
 REGION = "region"  # its array
 TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
@@ -103,8 +102,8 @@ class Bank:
 
     @property
     def size(self) -> int:
-        """Bytes of the features in the file."""
-        return sum(_stored(array).nbytes for array in self.arrays.values())
+        """Bytes of the features."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     def with_threshold(self, threshold: float | None) -> "Bank":
         """The same bank with another threshold.
@@ -157,11 +156,8 @@ class Bank:
     @property
     def content(self) -> bytes:
         """The bank's file; equal banks are equal files."""
-        metadata = self._metadata() | {"checksum": self.checksum}
-        arrays = {name: _stored(array) for name, array in self.arrays.items()}
-        if any(array.dtype == np.float16 for array in arrays.values()):
-            metadata["format"] += HALF
-        return save(arrays, {ENTRY: json.dumps(metadata, sort_keys=True)})
+        metadata = json.dumps(self._metadata() | {"checksum": self.checksum}, sort_keys=True)
+        return save(self.arrays, {ENTRY: metadata})
 
     def save(self, path: Path) -> None:
         """Write the bank, whole or not at all."""
@@ -196,21 +192,12 @@ def format_of(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     return FORMAT_OF_VIEW if of_view else FORMAT
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
-    """An array in half precision, if it holds no number that this would change."""
-    if array.dtype != np.float32:
-        return array
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    return half if np.array_equal(half, array) else array
-
-
 def _listed(photos: Iterable[Reference]) -> str:
     return json.dumps([[each.name, each.sha256] for each in photos])
 
 
 def checksum_of(metadata: dict[str, str], arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 of what a bank's file holds, with rows in single precision."""
+    """SHA-256 of what a bank's file holds."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, HALF, TAUGHT, USED, Bank, BankError, checksum_of, format_of
+from anomalib_resad.deploy.bank import ENTRY, TAUGHT, USED, Bank, BankError, checksum_of, format_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
@@ -57,9 +57,6 @@ def _parse(content: bytes, where: str) -> Bank:
     metadata = header.get("__metadata__", {})
     metadata = strict_json(metadata[ENTRY]) if ENTRY in metadata else metadata
     checksum = metadata.pop("checksum", None)
-    if str(metadata.get("format")).endswith(HALF):
-        metadata["format"] = metadata["format"].removesuffix(HALF)
-        arrays = {name: rows.astype(np.float32) if rows.dtype == np.float16 else rows for name, rows in arrays.items()}
     expected = format_of(arrays, metadata)
     if metadata.get("format") != expected:
         msg = (

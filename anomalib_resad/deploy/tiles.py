@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.image_size import Size
-from anomalib_resad.enrollment.rotations import Rows, rotated, rounded
+from anomalib_resad.enrollment.rotations import Rows, rotated
 
 OVERLAP = 0.25  # least share of a tile that the next one repeats
 BATCH = 8  # tiles that are computed together
@@ -100,7 +100,7 @@ def rows_of(
             levels = [level.transpose(0, 2, 3, 1).reshape(len(tiles), -1, level.shape[1]) for level in encode(tiles)]
             some = -(-levels[-1].shape[1] // OF_TILE)
             kept += [_thinned([level[index] for level in levels], keyed, some) for index in range(len(tiles))]
-    return rounded(_thinned([np.concatenate(level) for level in zip(*kept, strict=True)], keyed, most), keyed)
+    return _thinned([np.concatenate(level) for level in zip(*kept, strict=True)], keyed, most)
 
 
 def _thinned(rows: Rows, keyed: bool, most: int) -> Rows:

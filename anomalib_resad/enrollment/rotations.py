@@ -108,21 +108,13 @@ def enrolled_rows(
         copies = [[rows[-1] for rows in seen.values()] for seen in views[:looked_at]]
         rotations = ORIENTATIONS if are_rotated([seen[0.0][-1] for seen in views], copies) else 1
     if rotations == 1:
-        return [rounded(seen[0.0], keyed) for seen in views], 1
+        return [seen[0.0] for seen in views], 1
     angles = [360 * turn / rotations for turn in range(1, rotations)]
     rows = []
     for pixels, seen in zip(photos, views, strict=True):  # one photo's copies at a time
         copies = [seen.get(angle) or encode(rotated(pixels, angle)) for angle in angles]
-        rows.append(rounded(_with_copies(seen[0.0], copies, keyed), keyed))
+        rows.append(_with_copies(seen[0.0], copies, keyed))
     return rows, rotations
-
-
-def rounded(rows: Rows, keyed: bool) -> Rows:
-    """Rows as a bank keeps them: of joined levels, in half precision.
-
-    They are of unit length, so that none is too large. Levels that are matched apart stay as they are.
-    """
-    return [level.astype(np.float16).astype(np.float32) for level in rows] if keyed else rows
 
 
 def kept_rows(patches: int, rotations: int) -> int:
