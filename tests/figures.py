@@ -220,22 +220,6 @@ def seconds_of_enrolling(path: Path, cells: list[str], column: str) -> list[floa
     return [float(the(records(path), backbone=BACKBONES[column], orientations=orientations)["seconds"])]
 
 
-def by_precision(path: Path, cells: list[str], column: str) -> list[float]:
-    """Of all products and draws: how much AUROC differs from float32, labels that changed, the largest difference."""
-    rows = [row for row in records(path) if row["precision"] == cells[0]]
-    exact = [float(row["image_auroc"]) for row in records(path) if row["precision"] == "fp32"]
-    differences = [100 * (float(row["image_auroc"]) - other) for row, other in zip(rows, exact, strict=True)]
-    if "AUROC" in column:
-        return [sum(differences) / len(rows), min(differences, default=0)]
-    changed, photos = (sum(int(row[name]) for row in rows) for name in ("labels_changed", "photos"))
-    return [100 * changed / photos] if "labels" in column else [max(float(row["score_max"]) for row in rows)]
-
-
-def first_epoch(path: Path, cells: list[str], column: str) -> list[float]:
-    row = the(records(path), method=cells[0], features=cells[1])
-    return [float(row[name]) for name in {"images": ["images"], "before, s": ["before_s"]}.get(column, ["peak_mb"])]
-
-
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -264,6 +248,4 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "waits by clients": waits_by_clients,
     "memory by requests": by_requests,
     "seconds of enrolling": seconds_of_enrolling,
-    "by precision": by_precision,
-    "first epoch": first_epoch,
 }

@@ -200,7 +200,7 @@ def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Pa
     features = encode_photo(model.model, model.pre_processor, as_tensor(photos[0]))
     with torch.no_grad():
         found = model.model.detect(features, others, (64, 64)).pred_score.item()
-    assert scores[0] == pytest.approx(found, rel=1e-5)
+    assert scores[0] == pytest.approx(found, abs=1e-5)
     model.model.bank.store(rows, BankRecord(photos=4, rotations=1))
     with pytest.raises(ValueError, match=r"4 whole photos of \[.*\] patches in 1 orientations"):
         leave_one_out(model.model, model.pre_processor)
