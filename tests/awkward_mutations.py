@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""More mutations: of thresholds, awkward files and numbers, full disks, features in files, and servers that many ask at
-once.
-"""
+"""More mutations: of thresholds, awkward files and numbers, full disks, features in files, the page and the service."""
 
 from tests.mutation_list import Mutation
 
@@ -87,4 +85,39 @@ AWKWARD = [
              "test_teaching"),
     Mutation("deploy/bake.py", "a baked file knows nothing that was taught", "if known.taught is not None:",
              "if False:", "test_teaching"),
+    Mutation("deploy/guard.py", "any host is served", "Middleware(TrustedHostMiddleware, allowed_hosts=names,",
+             'Middleware(TrustedHostMiddleware, allowed_hosts=[*names, "*"],', "test_page_requests"),
+    Mutation("deploy/guard.py", "other sites may send requests", "if origin is not None and not self._is_own",
+             "if False and not self._is_own", "test_page_requests"),
+    Mutation("deploy/guard.py", "pages of other ports are its own", "url.netloc == host.lower() or",
+             'url.hostname == host.partition(":")[0] or', "test_page_requests"),
+    Mutation("deploy/guard.py", "any token will do", "secrets.compare_digest(given.encode(), token.encode())", "True",
+             "test_page_requests"),
+    Mutation("deploy/guard.py", "a request without a length has no limit", "if size > most:",
+             "if False:", "test_page_requests"),
+    Mutation("deploy/guard.py", "any number of files", "if files > MOST_FILES:", "if False:", "test_page_requests"),
+    Mutation("deploy/page.py", "a score of another scale is judged",
+             "if self.inferencer.bank(product).checksum != last.state:", "if False:", "test_page"),
+    Mutation("deploy/page.py", "another product's score is judged", "if last is None or last.product != product:\n"
+             "            return EMPTY", "if last is None:\n            return EMPTY", "test_page"),
+    Mutation("deploy/page.py", "files of the server are inspected",
+             "not isinstance(path, str) or not self.uploads.holds(path)", "False", "test_page_requests"),
+    Mutation("deploy/page.py", "errors name the server's folders", "printable(without_folders(str(error), folders))",
+             "printable(str(error))", "test_page"),
+    Mutation("deploy/serve.py", "Gradio copies files of the server", "if path is not None and folder not in",
+             "if False and folder not in", "test_page_requests"),
+    Mutation("deploy/uploads.py", "nothing is removed", "                    path.unlink()\n",
+             "                    pass\n", "test_page"),
+    Mutation("deploy/turns.py", "any number of requests waits", "self._inside >= self.running + WAITING", "False",
+             "test_api"),
+    Mutation("deploy/bodies.py", "photos of any size", "if len(each.content) > most_mb * 1_000_000:", "if False:",
+             "test_bodies"),
+    Mutation("deploy/bodies.py", "options that are not known do nothing", 'extra="forbid", allow_inf_nan',
+             'extra="ignore", allow_inf_nan', "test_bodies"),
+    Mutation("deploy/bodies.py", "the order of values is not read", "reshape(shape, order=order)", "reshape(shape)",
+             "test_bodies"),
+    Mutation("deploy/answers.py", "errors name the server's folders",
+             "printable(without_folders(str(error), (inferencer.banks, inferencer.bundle)))", "printable(str(error))",
+             "test_api"),
+    Mutation("deploy/metrics.py", "every photo is an alarm", "if found.label:", "if True:", "test_api"),
 ]  # fmt: skip
