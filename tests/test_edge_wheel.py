@@ -152,19 +152,23 @@ def test_enroll_and_predict_where_nothing_else_is(
 
 
 def page_s() -> set[str]:
-    """Modules of the page, which needs the extra [serve]."""
+    """Modules of the page and the service, which need the extras [serve] and [api]."""
     return {
         f"anomalib_resad.deploy.{name}"
         for name in (
+            "answers",
             "api",
             "bodies",
+            "changes",
             "descriptions",
             "drawing",
             "guard",
             "metrics",
             "page",
+            "page_changes",
             "serve",
             "service",
+            "tabs",
             "turns",
             "uploads",
         )
