@@ -310,7 +310,7 @@ def test_the_default_model(
         np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
     assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of rotated copies"
     whole = inferencer.bank("tiles").arrays
-    assert [len(rows) for rows in whole.values()] == [288, 288]
+    assert [len(rows) for rows in whole.values()] == [288, 288, 288], "rows, their keys, which of them are searched"
     assert [len(rows) for rows in inferencer.searched("tiles")] == [160, 160], "half of them, a multiple of 32"
     inferencer.enroll("thin", good[:3], max_patches=50)
     thin, keys = inferencer.searched("thin")

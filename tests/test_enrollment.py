@@ -253,7 +253,7 @@ def test_the_edge_rotates_as_evaluation_does(
     added = inferencer.add("some", photos[3:])
     assert all(np.array_equal(bank.arrays[name], added.arrays[name]) for name in bank.arrays)
     inferencer.remove("some", photos[0].name)
-    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * kept_rows(64, 8)] * 2
+    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * kept_rows(64, 8)] * 3
     told = resad(
         "enroll",
         "--bundle",

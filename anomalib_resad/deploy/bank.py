@@ -24,6 +24,9 @@ FORMAT = "resad-bank-2"
 FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, of tiles, or of a size: versions that know none refuse it
 FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 REGION = "region"  # its array
+SEARCHED = (
+    "searched"  # which rows a search looks through; where it is missing, they are chosen anew, which takes longer
+)
 TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
@@ -57,7 +60,8 @@ class Bank:
         encoder (str): What made the features (:attr:`Manifest.encoder`).
         references (tuple[Reference, ...]): The photos, ordered by content.
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
-            references one after the other, each with those of its rotated copies; and of a product that has one,
+            references one after the other, each with those of its rotated copies. Where levels are searched by keys,
+            ``searched``, uint8, shape ``(N,)``, tells which rows are, if not all. And of a product that has one,
             ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
             Of a product that was taught defects also ``taught``, keys of their patches, shape ``(M, K)``, and
             ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`.

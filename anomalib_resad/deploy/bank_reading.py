@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, TAUGHT, USED, Bank, BankError, checksum_of, format_of
+from anomalib_resad.deploy.bank import ENTRY, SEARCHED, TAUGHT, USED, Bank, BankError, checksum_of, format_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
@@ -139,6 +139,7 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
                 "bundle, and enroll again."
             )
             raise BankError(msg)
+    _check_searched(bank, manifest, where)
 
 
 def _check_view(region: np.ndarray | None, tile_scale: float | None) -> None:
@@ -205,6 +206,23 @@ def _check_taught(bank: Bank, manifest: Manifest) -> None:
     ):
         msg = "what it was taught is no list of patches."
         raise ValueError(msg)
+
+
+def _check_searched(bank: Bank, manifest: Manifest, where: str) -> None:
+    """Refuse a choice of rows that is none.
+
+    Raises:
+        BankError: If it is none.
+    """
+    chosen = bank.arrays.get(SEARCHED)
+    if chosen is None:
+        return
+    rows = len(bank.arrays[f"rows_{len(manifest.levels) - 1}"])
+    fits = manifest.keyed and is_whole(bank, manifest) and (chosen.dtype, chosen.shape) == (np.uint8, (rows,))
+    counts = chosen.reshape(1 if bank.max_patches else len(bank.references), -1).sum(axis=1) if fits else np.zeros(1)
+    if not fits or chosen.max() > 1 or counts.min() == 0 or counts.min() != counts.max():
+        msg = f"{where}: which of its rows are searched is no list of 0 and 1, as many of each photo. Enroll again."
+        raise BankError(msg)
 
 
 def _check_scores(bank: Bank) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import Bank
+from anomalib_resad.deploy.bank import SEARCHED, Bank
 from anomalib_resad.deploy.bundle import Level, Manifest
 from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.coreset import searched, thin_out
@@ -18,6 +18,22 @@ from anomalib_resad.enrollment.rotations import Rows, kept_rows
 def levels_of(bank: Bank, manifest: Manifest) -> Rows:
     """All rows of a bank, level by level."""
     return [bank.arrays[f"rows_{level}"] for level in range(len(manifest.levels))]
+
+
+def chosen_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int | None) -> dict[str, np.ndarray]:
+    """What a bank keeps of which rows are searched, so that opening it need not choose; as of :func:`searched_rows`."""
+    chosen = _searched_by_keys(rows[-1], photos, manifest, max_patches) if manifest.keyed else None
+    return {} if chosen is None else {SEARCHED: np.isin(np.arange(len(rows[-1])), chosen).astype(np.uint8)}
+
+
+def searched_of(bank: Bank, manifest: Manifest) -> Rows:
+    """The rows of a bank that a search looks through, level by level."""
+    rows = levels_of(bank, manifest)
+    if SEARCHED in bank.arrays:
+        return [level[bank.arrays[SEARCHED] > 0] for level in rows]
+    if not is_whole(bank, manifest):
+        return rows
+    return searched_rows(rows, len(bank.references), manifest, bank.max_patches)
 
 
 def cells_of(bank: Bank, level: Level) -> np.ndarray:
@@ -57,13 +73,19 @@ def searched_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int 
         max_patches (int | None): Most rows, instead of that share. Keys and what they stand for are thinned out
             together, levels that are matched apart each by itself.
     """
-    if max_patches is not None:
-        kept = [_covering(level, max_patches) for level in (rows[-1:] if manifest.keyed else rows)]
-    elif manifest.keyed and manifest.searched < 1:
-        kept = [searched(rows[-1], photos, manifest.searched)]
-    else:
+    if manifest.keyed:
+        chosen = _searched_by_keys(rows[-1], photos, manifest, max_patches)
+        return rows if chosen is None else [level[chosen] for level in rows]
+    if max_patches is None:
         return rows
-    return [level[chosen] for level, chosen in zip(rows, kept * len(rows) if manifest.keyed else kept, strict=True)]
+    return [level[_covering(level, max_patches)] for level in rows]
+
+
+def _searched_by_keys(keys: np.ndarray, photos: int, manifest: Manifest, max_patches: int | None) -> np.ndarray | None:
+    """Which rows are searched, ascending; ``None`` for all of them."""
+    if max_patches is not None:
+        return _covering(keys, max_patches)
+    return searched(keys, photos, manifest.searched) if manifest.searched < 1 else None
 
 
 def on_grid(bank: Bank, level: Level, own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -136,7 +158,7 @@ def left_out(bank: Bank, manifest: Manifest) -> Iterator[tuple[Rows, Rows]]:
     photos, most, rows = len(bank.references), bank.max_patches, levels_of(bank, manifest)
     own = [np.split(level, photos) for level in rows]
     # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
-    known = [np.split(level, photos) for level in (rows if most else searched_rows(rows, photos, manifest, None))]
+    known = [np.split(level, photos) for level in (rows if most else searched_of(bank, manifest))]
     for photo in range(photos):
         others = [np.concatenate([*parts[:photo], *parts[photo + 1 :]]) for parts in known]
         if most:

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from anomalib_resad.deploy.bank import SUFFIX, Bank, BankError, NotEnrolledError, UndoError, bank_file, product_name
 from anomalib_resad.deploy.bank_reading import check_bank, parse_bank, read_bank
-from anomalib_resad.deploy.bank_rows import is_whole, levels_of, padded, searched_rows
+from anomalib_resad.deploy.bank_rows import padded, searched_of
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.history import History, Step
 from anomalib_resad.deploy.position import Position, position_of
@@ -89,10 +89,7 @@ class BankStore:
                         f"The bank of {name!r} is that of {bank.product!r}: its file was renamed. Give it its own name."
                     )
                     raise BankError(msg)
-                rows = levels_of(bank, self.manifest)
-                if is_whole(bank, self.manifest):
-                    rows = searched_rows(rows, len(bank.references), self.manifest, bank.max_patches)
-                rows = [padded(level, self.manifest.row_multiple) for level in rows]
+                rows = [padded(level, self.manifest.row_multiple) for level in searched_of(bank, self.manifest)]
                 also = position_of(bank, self.manifest), taught_of(bank, rows, self.manifest)
                 self._loaded[name] = (stat, Loaded(bank, rows, *also))
                 while len(self._loaded) > self.most_loaded:

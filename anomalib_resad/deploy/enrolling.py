@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from anomalib_resad.deploy.bank import REGION, Bank, BankError
-from anomalib_resad.deploy.bank_rows import leave_one_out, padded
+from anomalib_resad.deploy.bank_rows import chosen_rows, leave_one_out, padded
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.taught import carried
 from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
@@ -63,9 +63,10 @@ class Enrolling(Model):
         size: Size | None,
     ) -> Bank:
         references = by_content(features)
-        levels = range(len(self.manifest.levels))
         most = None if max_patches is None else int(max_patches)  # numbers of numpy's are no JSON
-        arrays = {f"rows_{level}": np.concatenate([features[each][level] for each in references]) for level in levels}
+        rows = [np.concatenate(level) for level in zip(*(features[each] for each in references), strict=True)]
+        arrays = {f"rows_{level}": values for level, values in enumerate(rows)}
+        arrays |= chosen_rows(rows, len(references), self.manifest, most)
         arrays |= {} if region is None else {REGION: region}
         return self._with_scores(
             Bank(
