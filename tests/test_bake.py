@@ -28,7 +28,9 @@ def enrolled(bundle_default: Path, good: list[Path], tmp_path_factory: pytest.Te
     return inferencer
 
 
-def compare(path: Path, inferencer: ResADInferencer, photos: list[Path], like: str = "uint8 rgb") -> None:
+def compare(
+    path: Path, inferencer: ResADInferencer, photos: list[Path], like: str = "uint8 rgb", atol: float = 1e-4
+) -> None:
     """What a compiled file says of photos, against the runtime of the edge."""
     pixels, color = like.split()
     compiled = ov.Core().compile_model(path, "CPU")  # bfloat16 on CPUs that have it, unless the file says otherwise
@@ -42,7 +44,7 @@ def compare(path: Path, inferencer: ResADInferencer, photos: list[Path], like: s
         assert found["pred_score"].item() == pytest.approx(expected.score, abs=1e-4)
         assert found["pred_label"].item() == expected.label
         assert found["pred_label"].dtype == found["pred_mask"].dtype == np.uint8
-        np.testing.assert_allclose(found["anomaly_map"][0, 0], expected.map, atol=1e-4)
+        np.testing.assert_allclose(found["anomaly_map"][0, 0], expected.map, atol=atol)
         assert np.array_equal(found["pred_mask"], found["anomaly_map"] > 0.5)
 
 
@@ -103,7 +105,8 @@ def test_eight_bits(bundle_default: Path, good: list[Path], new: list[Path], tmp
     replace(manifest, precision="int8", files=files).write(folder)
     inferencer = ResADInferencer(folder)
     inferencer.enroll("tiles", good[:3])
-    compare(bake(folder, "tiles", tmp_path / "tiles"), inferencer, new)
+    # Where rounding of pixels takes a value to the next of 256 steps; CPUs without AVX512 differ most.
+    compare(bake(folder, "tiles", tmp_path / "tiles"), inferencer, new, atol=1e-3)
 
 
 def test_versions_are_written_whole(enrolled: ResADInferencer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
