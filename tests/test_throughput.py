@@ -5,16 +5,19 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
 
-from anomalib_resad.deploy import PhotoError, ResADInferencer
+from anomalib_resad.deploy import PhotoError, ResADInferencer, runtime
 from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.journal import Journal
+from anomalib_resad.deploy.runtime import Requests
 from anomalib_resad.deploy.watching import FolderWatch
 from tests.conftest import hold_inspections
+from tests.test_watch import wait_for
 
 
 @pytest.fixture
@@ -126,3 +129,47 @@ def test_a_watched_folder_keeps_its_order(several: ResADInferencer, new: list[Pa
         rows = journal.path.read_text().splitlines()
     names = [each.split('"photo": "')[1].split('"')[0] for each in rows]
     assert names == [*(f"{number}.png" for number in range(1, len(new))), "0.png"]
+
+
+def test_who_waits_longest_is_next() -> None:
+    """Else a client that asks without a pause keeps others waiting for seconds."""
+    request: Any = object()
+    requests, order = Requests([request]), []
+
+    def ask(name: str) -> None:
+        taken = requests.take()
+        order.append(name)
+        requests.give(taken)
+
+    assert requests.take() is request
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("first", "second")]
+    for number, thread in enumerate(threads):
+        thread.start()
+        wait_for(lambda number=number: len(requests._waiting) == number + 1, "a thread that waits")
+    requests.give(request)
+    ask("who gave it")
+    assert order == ["first", "second", "who gave it"]
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["before", "as it was given"])
+def test_who_gives_up_waiting_loses_no_request(monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    request: Any = object()
+    requests = Requests([request])
+    requests.take()
+
+    class Interrupted(SimpleQueue):  # type: ignore[type-arg]
+        def get(self, *_: Any) -> Any:
+            if not self.empty():
+                return super().get()
+            if given:
+                requests.give(request)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runtime, "SimpleQueue", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        requests.take()
+    if not given:
+        requests.give(request)
+    assert requests.take() is request

@@ -3,7 +3,8 @@
 """The models of a bundle in OpenVINO, compiled from the bytes that were checked."""
 
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -19,6 +20,44 @@ from anomalib_resad.enrollment.image_size import Size
 # a photo. Most products have photos of one size.
 CACHED_SHAPES = 64
 COMPOUND = ("AUTO", "MULTI", "HETERO", "BATCH")  # devices that choose among others
+
+
+class Requests:
+    """The requests of a model, given to who waits longest.
+
+    Args:
+        requests (Sequence[ov.InferRequest]): Those that run at the same time.
+    """
+
+    def __init__(self, requests: Sequence[ov.InferRequest]) -> None:
+        self._free, self._lock = list(requests), threading.Lock()
+        self._waiting: deque[SimpleQueue[ov.InferRequest]] = deque()
+
+    def take(self) -> ov.InferRequest:
+        """A free request; waits for one."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+            mine: SimpleQueue[ov.InferRequest] = SimpleQueue()
+            self._waiting.append(mine)
+        try:
+            return mine.get()
+        except BaseException:  # Ctrl-C: nobody waits there any more
+            with self._lock:
+                given = mine not in self._waiting
+                if not given:
+                    self._waiting.remove(mine)
+            if given:
+                self.give(mine.get())
+            raise
+
+    def give(self, request: ov.InferRequest) -> None:
+        """Give one back. Not to a queue of all: who gave one and wants the next would be faster than who waits."""
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().put(request)
+            else:
+                self._free.append(request)
 
 
 class Runtime:
@@ -70,7 +109,7 @@ class Runtime:
         ):
             msg = f"device={device!r} is no OpenVINO device of this machine, which has {', '.join(known)}."
             raise ValueError(msg)
-        self._requests: dict[str, SimpleQueue[ov.InferRequest]] = {}
+        self._requests: dict[str, Requests] = {}
         self._lock = threading.Lock()
 
     def run(self, file: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -86,8 +125,8 @@ class Runtime:
         with self._lock:
             if file not in self._requests:
                 self._requests[file] = self._compiled(file)
-            free = self._requests[file]
-        request = free.get()
+            requests = self._requests[file]
+        request = requests.take()
         whole = [np.ascontiguousarray(values) for values in inputs]  # kept until the end: tensors may lie in them
         try:
             # Not by `infer(inputs)`: it asks the request for its tensors and holds Python's lock meanwhile, for which
@@ -99,9 +138,9 @@ class Runtime:
             request.wait()
             return [np.array(each.data) for each in request.output_tensors]
         finally:
-            free.put(request)
+            requests.give(request)
 
-    def _compiled(self, file: str) -> "SimpleQueue[ov.InferRequest]":
+    def _compiled(self, file: str) -> Requests:
         weights = Path(file).with_suffix(".bin").name
         try:
             model = self._core.read_model(self._files[file], self._files[weights])
@@ -110,11 +149,9 @@ class Runtime:
         except RuntimeError as error:
             msg = f"OpenVINO cannot run {file} on {self._device}: {str(error).strip().splitlines()[-1]}"
             raise BundleError(msg) from error
-        free: SimpleQueue[ov.InferRequest] = SimpleQueue()
-        for _ in range(self._streams):
-            free.put(compiled.create_infer_request())
+        requests = Requests([compiled.create_infer_request() for _ in range(self._streams)])
         del self._files[file], self._files[weights]
-        return free
+        return requests
 
 
 def canvas_of(size: Size) -> np.ndarray:
