@@ -220,6 +220,26 @@ def seconds_of_enrolling(path: Path, cells: list[str], column: str) -> list[floa
     return [float(the(records(path), backbone=BACKBONES[column], orientations=orientations)["seconds"])]
 
 
+def seconds_of_reading(path: Path, cells: list[str], column: str) -> list[float]:
+    features, _, photos = cells[0].rpartition(", ")
+    kept = {"in memory": "memory", "in a folder": "folder, first training", "from the folder": "folder, next training"}
+    method = "default" if cells[1] == "default" else "without synthetic defects"
+    row = the(records(path), photos=number_of(photos), method=method, features=kept[features])
+    names = {"pictures": ("in_memory", "files"), "before, s": ("before_s",), "epoch, s": ("epoch_s",)}
+    factor = 1e-3 if column.endswith("GB") else 1
+    values = [float(row[name]) for name in names.get(column, ("peak_mb",))]
+    return [factor * max(values)]
+
+
+def by_precision(path: Path, cells: list[str], column: str) -> list[float]:
+    rows = [row for row in records(path) if row["precision"] == cells[0].strip("`")]
+    if column == "image AUROC":
+        return [100 * sum(float(row["image_auroc"]) for row in rows) / len(rows)]
+    if column == "largest change of a score":
+        return [max(float(row["score_max"]) for row in rows)]
+    return [100 * sum(int(row["labels_changed"]) for row in rows) / sum(int(row["photos"]) for row in rows)]
+
+
 OF_TILES = {
     "tiles": "tiles",
     "image / pixel AUROC": "image_AUROC pixel_AUROC",
@@ -248,4 +268,6 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "waits by clients": waits_by_clients,
     "memory by requests": by_requests,
     "seconds of enrolling": seconds_of_enrolling,
+    "seconds of reading": seconds_of_reading,
+    "by precision": by_precision,
 }

@@ -42,7 +42,7 @@ def test_what_is_clicked_is_taught_and_undone(page: Page, missed: list[Path], up
     assert (threshold, left) == (0.5, "")
     assert now.score == page.inferencer.predict(photo, "tiles").score > before.score
     assert f"score **{now.score:.3f}**" in verdict
-    assert "defects of 1 photos by now" in verdict
+    assert "defects of a photo by now" in verdict
     assert f"The photo scored {before.score:.3f} before." in verdict
     assert [row[1] for row in steps] == ["teach noise.png", "enroll"]
     taught = page.inferencer.bank("tiles").arrays[TAUGHT]

@@ -197,7 +197,7 @@ def test_what_cannot_be_taught_is_refused(
         enrolled.teach("tiles", plain, box=(0, 0, 8, 8))
     before = enrolled.teach("tiles", missed[0], box=BOX).content
     for change in ({"region": "0,0 32,0 32,64 0,64"}, {"tile_scale": 1.0}):
-        with pytest.raises(ValueError, match=r"was taught defects of 1 photos.*resad teach --forget"):
+        with pytest.raises(ValueError, match=r"was taught defects \(1 of its photos\).*resad teach --forget"):
             enrolled.enroll("tiles", good[:3], replace_existing=True, **change)
     for refused in (
         lambda: enrolled.add("tiles", missed[:1]),
@@ -263,7 +263,7 @@ def test_commands(
     device, first = Device(enrolled.bundle, monkeypatch, capsys), content(enrolled)
     product = ("--bundle", enrolled.bundle, "--product", "tiles")
     said = resad("teach", *product, "--photo", missed[0], "--box", "16,16,24,24")
-    assert "tiles was taught defects of 1 photos by now: 3 patches count, 6 do not" in said
+    assert "tiles was taught defects of a photo by now: 3 patches count, 6 do not" in said
     assert "noise.png scored 0." in said
     said = device("teach", *product[2:], "--photo", missed[1])
     assert "defects of 2 photos" in said

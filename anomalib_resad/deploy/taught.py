@@ -103,8 +103,9 @@ def check_same_view(bank: Bank, region: np.ndarray | None, scale: float | None) 
 
 def _refuse_view(bank: Bank) -> NoReturn:
     msg = (
-        f"{bank.product!r} was taught defects of {len(bank.taught)} photos, which mean nothing with another region or "
-        "tile scale, or with photos of another shape. Forget them first (`resad teach --forget`), and teach them again."
+        f"{bank.product!r} was taught defects ({len(bank.taught)} of its photos), which mean nothing with another "
+        "region or tile scale, or with photos of another shape. Forget them first (`resad teach --forget`), and teach "
+        "them again."
     )
     raise ValueError(msg)
 

@@ -139,9 +139,9 @@ class Teaching(Products):
 
 def in_words(bank: Bank) -> str:
     """What a product was taught by now."""
-    used = bank.arrays[USED]
+    used, photos = bank.arrays[USED], "a photo" if len(bank.taught) == 1 else f"{len(bank.taught)} photos"
     return (
-        f"{bank.product} was taught defects of {len(bank.taught)} photos by now: {used.sum()} patches count, "
+        f"{bank.product} was taught defects of {photos} by now: {used.sum()} patches count, "
         f"{len(used) - used.sum()} do not, since they resemble good photos."
     )
 
