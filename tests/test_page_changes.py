@@ -58,6 +58,22 @@ def test_what_is_clicked_is_taught_and_undone(page: Page, missed: list[Path], up
     np.testing.assert_array_equal(page.inferencer.teach("tiles", photo, mask).arrays[TAUGHT], taught)
 
 
+def test_all_that_was_taught_is_forgotten(page: Page, missed: list[Path]) -> None:
+    changes, photo, before = PageChanges(page), str(missed[0]), content(page.inferencer)
+    for text in ("16,16 40,40", "8,8 20,20"):
+        *_, now, _, _ = changes.teach(photo, "tiles", text)
+    raised = page.inspect(photo, "tiles", 0.5)[1]
+    *_, verdict, _, now, steps = changes.forget("tiles", raised)
+    assert content(page.inferencer) == before
+    assert "**tiles** has forgotten all that it was taught" in verdict
+    assert now.score == page.inferencer.predict(photo, "tiles").score < raised.score
+    assert steps[0][1] == "forget"
+    with pytest.raises(gr.Error, match="was not taught any defect"):
+        changes.forget("tiles")
+    with pytest.raises(gr.Error, match="Choose a product"):
+        changes.forget(None)
+
+
 def test_what_cannot_be_taught_or_undone_is_told(page: Page, good: list[Path], missed: list[Path]) -> None:
     changes, photo, start = PageChanges(page), str(missed[0]), content(page.inferencer)
     for said, given in (

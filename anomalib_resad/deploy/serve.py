@@ -101,10 +101,11 @@ def _enrolling(
 def _changing(page: Page, changes: list[Any], given: tuple[Any, ...], shown: list[Any], raw: dict[str, Any]) -> None:
     """Connect what teaches and undoes."""
     actions = PageChanges(page)
-    (marked, corners, restart, teach), (steps, undo) = changes
+    (marked, corners, restart, teach, forget), (steps, undo) = changes
     photo, product, found = given
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", **raw}
     refused = [gr.skip(), gr.skip(), REFUSED, *[gr.skip()] * 4]
+    forgetting = page.in_place(actions.forget, refused[:-1])
     drawn, skipped = [marked, corners], [gr.skip()] * 2
     click = page.in_place(actions.click, skipped)
 
@@ -124,6 +125,7 @@ def _changing(page: Page, changes: list[Any], given: tuple[Any, ...], shown: lis
     teaching, undoing = page.in_place(actions.teach, refused), page.in_place(actions.undo, refused)
     taught = teach.click(teaching, [photo, product, marked, found], [*shown, marked, steps], api_name="teach", **raw)
     taught.success(page.in_place(actions.restart, skipped), [photo, product, corners], drawn, **quiet)
+    forget.click(forgetting, [product, found], [*shown, steps], api_name="forget", **raw)
     undo.click(undoing, [product, found], [*shown, product, steps], api_name="undo", **raw)
 
 

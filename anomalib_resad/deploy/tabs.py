@@ -34,7 +34,8 @@ def teaching() -> tuple[Any, ...]:
         marked = gr.Textbox(label="Corners, in pixels of the photo", placeholder="x,y x,y", elem_id="marked")
         restart = gr.Button("No corners", elem_id="unmark")
         teach = gr.Button("Teach this defect", variant="primary", elem_id="teach")
-    return marked, corners, restart, teach
+        forget = gr.Button("Forget all that this product was taught", elem_id="forget")
+    return marked, corners, restart, teach, forget
 
 
 def undoing() -> tuple[Any, ...]:
