@@ -24,9 +24,7 @@ FORMAT = "resad-bank-2"
 FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, of tiles, or of a size: versions that know none refuse it
 FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 REGION = "region"  # its array
-SEARCHED = (
-    "searched"  # which rows a search looks through; where it is missing, they are chosen anew, which takes longer
-)
+SEARCHED = "searched"  # which rows a search looks through; without it they are chosen anew, which takes longer
 TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"

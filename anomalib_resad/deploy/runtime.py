@@ -126,8 +126,8 @@ class Runtime:
             if file not in self._requests:
                 self._requests[file] = self._compiled(file)
             requests = self._requests[file]
-        request = requests.take()
         whole = [np.ascontiguousarray(values) for values in inputs]  # kept until the end: tensors may lie in them
+        request = requests.take()
         try:
             # Not by `infer(inputs)`: it asks the request for its tensors and holds Python's lock meanwhile, for which
             # OpenVINO waits in another stream. Nor with memory of Python, which cannot be let go without that lock.
