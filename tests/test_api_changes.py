@@ -73,6 +73,11 @@ def test_a_defect_is_taught_and_forgotten(client: Any, inferencer: ResADInferenc
         assert client.get(ADDRESS).json()["taught"] == told["taught"]
         assert client.delete(f"{ADDRESS}/taught").json()["taught"] == {"photos": [], "patches": 0, "counting": 0}
         assert content(inferencer) == start
+    steps = client.get(f"{ADDRESS}/history").json()
+    refused = client.delete(f"{ADDRESS}/taught")
+    assert (refused.status_code, "'tiles' was taught nothing" in refused.json()["detail"]) == (409, True)
+    assert client.get(f"{ADDRESS}/history").json() == steps
+    assert "409" in client.get("/v1/openapi.json").json()["paths"]["/v1/products/{name}/taught"]["delete"]["responses"]
 
 
 def test_what_cannot_be_taught_is_refused_and_nothing_is_lost(

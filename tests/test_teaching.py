@@ -112,6 +112,11 @@ def test_each_teaching_is_undone(enrolled: ResADInferencer, missed: list[Path]) 
         enrolled.undo("tiles", number)
         assert content(enrolled) == states[number - 2]
     assert enrolled.loaded("tiles").taught is None
+    steps = enrolled.history("tiles")
+    with pytest.raises(ValueError, match=r"'tiles' was taught nothing.*`resad history`"):
+        enrolled.forget("tiles")
+    assert enrolled.history("tiles") == steps
+    assert content(enrolled) == states[0]
 
 
 def test_what_was_taught_follows_every_change(enrolled: ResADInferencer, good: list[Path], missed: list[Path]) -> None:
@@ -274,3 +279,4 @@ def test_commands(
     assert "Give the photo of a defect" in device("teach", *product[2:], status=2)
     assert "of 1 photos is forgotten" in device("teach", *product[2:], "--forget")
     assert content(enrolled) == first
+    assert "'tiles' was taught nothing" in device("teach", *product[2:], "--forget", status=2)

@@ -21,7 +21,14 @@ from pydantic import ValidationError
 from starlette.middleware import Middleware
 
 from anomalib_resad.deploy.answers import about, known, public, threshold_told
-from anomalib_resad.deploy.bank import BankError, EnrolledError, NotEnrolledError, UndoError, product_name
+from anomalib_resad.deploy.bank import (
+    BankError,
+    EnrolledError,
+    NotEnrolledError,
+    NotTaughtError,
+    UndoError,
+    product_name,
+)
 from anomalib_resad.deploy.bank_store import Loaded
 from anomalib_resad.deploy.bodies import (
     AreaOptions,
@@ -51,7 +58,7 @@ from anomalib_resad.version import __version__
 
 Photos = Annotated[Received, Depends(received)]
 # Products may have come or gone since a request was checked.
-STATUSES: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409, UndoError: 409}
+STATUSES: dict[type, int] = {NotEnrolledError: 404, EnrolledError: 409, NotTaughtError: 409, UndoError: 409}
 
 
 class Api:

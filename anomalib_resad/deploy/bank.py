@@ -45,6 +45,10 @@ class EnrolledError(ValueError):
     """There is such a product already."""
 
 
+class NotTaughtError(ValueError):
+    """The product was taught nothing."""
+
+
 class UndoError(ValueError):
     """There is nothing to undo."""
 

@@ -46,7 +46,7 @@ class Changes:
         """The addresses."""
         router = APIRouter()
         router.post("/v1/products/{name}/taught", **taking(TeachOptions, 404, most=1))(self.teach)
-        router.delete("/v1/products/{name}/taught", responses=refusals(404, 503))(self.forget)
+        router.delete("/v1/products/{name}/taught", responses=refusals(404, 409, 503))(self.forget)
         router.get("/v1/products/{name}/history", responses=refusals(404, 503))(self.history)
         router.post("/v1/products/{name}/undo", responses=refusals(404, 409, 422, 503))(self.undo)
         return router
@@ -67,7 +67,7 @@ class Changes:
             return about(self.inferencer, bank) | {"before": before, "after": self._judged(name, photo)}
 
     def forget(self, name: str) -> dict[str, Any]:
-        """Forget all that a product was taught; this can be undone."""
+        """Forget all that a product was taught, 409 if that is nothing; this can be undone."""
         return about(self.inferencer, self.inferencer.forget(known(self.inferencer, name)))
 
     def history(self, name: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from anomalib_resad.deploy.guard import MOST_FILES
 
 REFUSALS = {
     404: "The product is not enrolled",
-    409: "The product is there, and is not to be replaced; or there is nothing to undo",
+    409: "The product is there, and is not to be replaced; or there is nothing to undo or to forget",
     413: "A photo, or the request, is too large",
     415: "The body is of a type that is not read",
     422: "A photo or an option cannot be used; `detail` says why",

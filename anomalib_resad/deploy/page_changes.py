@@ -104,9 +104,6 @@ class PageChanges:
         """Forget all that a product was taught, and judge the photo anew."""
         with self.page.errors_shown():
             name = chosen(product)
-            if not self.page.inferencer.bank(name).taught:
-                msg = f"{name} was not taught any defect."
-                raise ValueError(msg)
             self.page.inferencer.forget(name)
             said = f"**{as_markdown(name)}** has forgotten all that it was taught."
             return *self.page.judged_anew(name, said, last), self.steps(name)

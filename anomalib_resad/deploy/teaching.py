@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import TAUGHT, USED, Bank
+from anomalib_resad.deploy.bank import TAUGHT, USED, Bank, NotTaughtError
 from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bundle import Level
 from anomalib_resad.deploy.enrolling import check_same, looked_at, read_photos
@@ -86,11 +86,18 @@ class Teaching(Products):
         """Forget all defects that a product was taught.
 
         Raises:
-            ValueError: If the product is not enrolled.
+            NotEnrolledError: If the product is not enrolled.
+            NotTaughtError: If it was taught nothing; no step is written then.
         """
         self._store.check_enrolled(name)
         with self._store.changing(name):
             bank = self.bank(name)
+            if not bank.taught:
+                msg = (
+                    f"{bank.product!r} was taught nothing, so there is nothing to forget. `resad history` lists its "
+                    "changes, and `resad undo` takes them back."
+                )
+                raise NotTaughtError(msg)
             return self._store.write(with_taught(bank, [], np.empty((0, 0)), self.manifest), "forget")
 
     def _teachable(self, name: str) -> Bank:
