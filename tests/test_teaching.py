@@ -214,9 +214,6 @@ def test_what_cannot_be_taught_is_refused(
     enrolled.enroll("half", good[:2], rotations=1, region="0,0 8,0 8,64 0,64")
     with pytest.raises(ValueError, match="lies outside of the region of 'half'"):
         enrolled.teach("half", missed[0], box=BOX)
-    enrolled.enroll("wall", good[:2], rotations=1, tile_scale=1.0)
-    with pytest.raises(ValueError, match=r"looked at in tiles \(tile_scale=1\), which cannot be taught yet"):
-        enrolled.teach("wall", missed[0])
     published = ResADInferencer(bundle, banks=tmp_path / "banks")
     published.enroll("tiles", good[:2], rotations=1)
     with pytest.raises(ValueError, match="published method, which compares its levels apart, and cannot be taught"):

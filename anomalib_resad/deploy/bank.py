@@ -26,6 +26,7 @@ FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 REGION = "region"  # its array
 SEARCHED = "searched"  # which rows a search looks through; without it they are chosen anew, which takes longer
 TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
+REACH = "reach"  # of rows of tiles: how near to them patches of the good photos lie that are not kept
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
 SUFFIX = ".safetensors"
 LONGEST_NAME = 200  # bytes; file systems take 255, of which some are needed for the name of a temporary file
@@ -66,7 +67,9 @@ class Bank:
             ``searched``, uint8, shape ``(N,)``, tells which rows are, if not all. And of a product that has one,
             ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
             Of a product that was taught defects also ``taught``, keys of their patches, shape ``(M, K)``, and
-            ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`.
+            ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`. Of two or more photos that
+            are looked at in tiles and searched by keys, ``reach``, float32, shape ``(N,)``, see
+            :func:`~anomalib_resad.enrollment.taught.widen`; banks that were enrolled earlier have none.
         threshold (float | None): The product's own threshold of the raw score; ``None`` for the model's.
         max_patches (int | None): Most rows of a level that are searched; banks of 0.1.0 hold no others then.
         rotations (int): Orientations of each photo; 1 for photos as they are.

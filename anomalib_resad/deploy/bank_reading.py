@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, SEARCHED, TAUGHT, USED, Bank, BankError, checksum_of, format_of
+from anomalib_resad.deploy.bank import ENTRY, REACH, SEARCHED, TAUGHT, USED, Bank, BankError, checksum_of, format_of
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
 from anomalib_resad.deploy.bundle import Manifest, strict_json
 from anomalib_resad.deploy.regions import check_min_area
@@ -186,11 +186,12 @@ def _check_size(bank: Bank, manifest: Manifest, where: str) -> None:
 
 
 def _check_taught(bank: Bank, manifest: Manifest) -> None:
-    """Refuse taught patches that cannot be.
+    """Refuse taught patches that cannot be, and a reach of rows, which tells what of them counts, that is none.
 
     Raises:
         ValueError: If there are some.
     """
+    _check_reach(bank, manifest)
     rows, used = bank.arrays.get(TAUGHT), bank.arrays.get(USED)
     if rows is None and used is None and not bank.taught:
         return
@@ -202,9 +203,25 @@ def _check_taught(bank: Bank, manifest: Manifest) -> None:
         and used is not None
         and (used.dtype, used.shape) == (np.uint8, (len(rows),))
         and np.isfinite(rows).all()
-        and is_whole(bank, manifest)
+        and (is_whole(bank, manifest) or (bank.tile_scale is not None and (REACH in bank.arrays or not used.any())))
     ):
         msg = "what it was taught is no list of patches."
+        raise ValueError(msg)
+
+
+def _check_reach(bank: Bank, manifest: Manifest) -> None:
+    """Refuse what is no reach of rows of tiles.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    reach = bank.arrays.get(REACH)
+    if reach is None:
+        return
+    rows = len(bank.arrays.get(f"rows_{len(manifest.levels) - 1}", ()))
+    fits = manifest.keyed and bank.tile_scale is not None and (reach.dtype, reach.shape) == (np.float32, (rows,))
+    if not fits or not (reach >= 0).all() or not np.isfinite(reach).all():
+        msg = "the reach of its rows is no list of distances."
         raise ValueError(msg)
 
 

@@ -10,18 +10,19 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import REGION, Bank, BankError
+from anomalib_resad.deploy.bank import REACH, REGION, Bank, BankError
 from anomalib_resad.deploy.bank_rows import chosen_rows, leave_one_out, padded
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.taught import carried
-from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, scaled_size
-from anomalib_resad.enrollment.calibration import own_scores
+from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, size_in_tiles
+from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, Reference, by_content, list_photos
 from anomalib_resad.enrollment.references import References, read_references
 from anomalib_resad.enrollment.region import box_of, check_fits, cut_out, is_same
 from anomalib_resad.enrollment.rotations import Rotations, Rows, enrolled_rows
+from anomalib_resad.enrollment.taught import widen
 
 Photos: TypeAlias = str | Path | Iterable[Photo]
 
@@ -92,13 +93,7 @@ class Enrolling(Model):
     ) -> Bank:
         """The bank of photos that are cut into tiles, each with its score against the others."""
         tile, keyed = self.manifest.image_size, self.manifest.keyed
-        sizes = []
-        for reference, size in zip(read, read.sizes, strict=True):
-            try:
-                sizes.append(scaled_size(size, scale, tile))
-            except ValueError as error:  # noqa: PERF203  # it does not know the name
-                msg = f"{reference.name}: {error}"
-                raise PhotoError(msg) from error
+        sizes = [size_in_tiles(each.name, size, scale, tile) for each, size in zip(read, read.sizes, strict=True)]
         if rotations == "auto":
             encode = partial(self._encode_rows, region=None, size=self.manifest.size_for(read.sizes))
             _, rotations = enrolled_rows(read.values(), encode, keyed)
@@ -107,14 +102,8 @@ class Enrolling(Model):
             rows_of(pixels, size, tile, self.encode, keyed, rotations, most)
             for pixels, size in zip(read.values(), sizes, strict=True)
         ]
-
-        def found(index: int, pixels: np.ndarray) -> tuple[float, np.ndarray]:
-            others = [np.concatenate(level) for level in zip(*(kept[:index] + kept[index + 1 :]), strict=True)]
-            rows = [padded(level, self.manifest.row_multiple) for level in others]
-            return inspected(resized_to(pixels, sizes[index]), tile, partial(self._detect_tiles, rows=rows))
-
-        own = own_scores(found(*each) for each in enumerate(read.values() if len(read) > 1 else ()))
-        arrays = {f"rows_{level}": np.concatenate(rows) for level, rows in enumerate(zip(*kept, strict=True))}
+        own, arrays = self._own_of_tiles(read, sizes, kept)
+        arrays |= {f"rows_{level}": np.concatenate(rows) for level, rows in enumerate(zip(*kept, strict=True))}
         return Bank(
             name,
             self.manifest.encoder,
@@ -127,6 +116,31 @@ class Enrolling(Model):
             map_offset=own.map_offset if own.scores else None,
             tile_scale=float(scale),
         )
+
+    def _own_of_tiles(
+        self, read: References, sizes: Sequence[Size], kept: Sequence[Rows]
+    ) -> tuple[OwnScores, dict[str, np.ndarray]]:
+        """What photos in tiles score against the others, and how far the rows that are kept of them reach."""
+        if len(read) < 2:
+            return own_scores(()), {}
+        keys = np.concatenate([rows[-1] for rows in kept])
+        photo_of = np.repeat(np.arange(len(kept)), [len(rows[-1]) for rows in kept])
+        reach = np.zeros(len(keys), dtype=np.float32)
+
+        def found(index: int, pixels: np.ndarray) -> tuple[float, np.ndarray]:
+            others = [np.concatenate(level) for level in zip(*(*kept[:index], *kept[index + 1 :]), strict=True)]
+            rows = [padded(level, self.manifest.row_multiple) for level in others]
+
+            def detect(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+                features = self.encode(tiles)
+                if self.manifest.keyed:
+                    widen(reach, features[-1], keys, photo_of != index)
+                return self._scored(features, rows)
+
+            return inspected(resized_to(pixels, sizes[index]), self.manifest.image_size, detect)
+
+        own = own_scores(found(*each) for each in enumerate(read.values()))
+        return own, {REACH: reach} if self.manifest.keyed else {}
 
 
 def looked_at(read: References, region: np.ndarray | None) -> References:

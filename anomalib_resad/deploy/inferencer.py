@@ -4,19 +4,18 @@
 
 import math
 from collections.abc import Generator, Iterable
-from functools import partial
 
 import numpy as np
 
 from anomalib_resad.deploy.bank import Bank
 from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bank_store import Loaded
-from anomalib_resad.deploy.bundle import DETECTOR, BundleError
+from anomalib_resad.deploy.bundle import BundleError
 from anomalib_resad.deploy.in_flight import in_order
 from anomalib_resad.deploy.placing import placed
 from anomalib_resad.deploy.prediction import Prediction, scales_of
 from anomalib_resad.deploy.teaching import Teaching
-from anomalib_resad.deploy.tiles import inspected, resized_to, scaled_size
+from anomalib_resad.deploy.tiles import inspected, resized_to, size_in_tiles
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, name_of, read_like
 from anomalib_resad.enrollment.references import size_of
@@ -102,23 +101,19 @@ class ResADInferencer(Teaching):
             levels = self.manifest.levels_at(bank.image_size)
             for level, values, known_rows in zip(levels, features, rows, strict=True):
                 values[:, :, ~cells_of(bank, level)] = known_rows[0][None, :, None]  # as in the leave-one-out scores
-        scores, maps = self._run(DETECTOR, [*features, *rows])
-        score, anomaly_map = scores[0], maps[0, 0]
-        if taught is not None:
-            more, raised = taught.raises(features[-1])
-            score, anomaly_map = score + more[0], anomaly_map + raised[0]
-        return self._told(score, anomaly_map, size, moved, bank)
+        scores, maps = self._scored(features, rows, taught)
+        return self._told(scores[0], maps[0], size, moved, bank)
 
     def _in_tiles(self, photo: Photo, pixels: np.ndarray, known: Loaded) -> tuple[np.float32, np.ndarray, Size]:
         """Raw score and map of a photo that is looked at in tiles, and its size."""
         assert known.bank.tile_scale is not None
-        try:
-            size = scaled_size(pixels.shape, known.bank.tile_scale, self.manifest.image_size)
-        except ValueError as error:
-            msg = f"{name_of(photo)}: {error}"
-            raise PhotoError(msg) from error
-        detect = partial(self._detect_tiles, rows=known.rows)
-        score, anomaly_map = inspected(resized_to(pixels, size), self.manifest.image_size, detect)
+        tile = self.manifest.image_size
+        size = size_in_tiles(name_of(photo), pixels.shape, known.bank.tile_scale, tile)
+
+        def detect(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return self._scored(self.encode(tiles), known.rows, known.taught)
+
+        score, anomaly_map = inspected(resized_to(pixels, size), tile, detect)
         return np.float32(score), anomaly_map, size_of(photo)
 
     def _seen(self, photo: Photo, pixels: np.ndarray, bank: Bank) -> tuple[list[np.ndarray], Size]:

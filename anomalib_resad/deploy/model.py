@@ -18,6 +18,7 @@ from anomalib_resad.deploy.watch import Watch
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.region import cells_inside, filled
 from anomalib_resad.enrollment.rotations import Rows
+from anomalib_resad.enrollment.taught import Taught
 
 
 class Model:
@@ -154,7 +155,12 @@ class Model:
         scores, maps = self._run(DETECTOR, list(features_and_rows))
         return float(scores[0]), maps[0, 0]
 
-    def _detect_tiles(self, tiles: np.ndarray, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Raw scores ``(B,)`` and maps ``(B, H, W)`` of tiles, uint8, shape ``(B, H, W, 3)``."""
-        scores, maps = self._run(DETECTOR, [*self.encode(tiles), *rows])
-        return scores, maps[:, 0]
+    def _scored(
+        self, features: Sequence[np.ndarray], rows: Rows, taught: Taught | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Raw scores ``(B,)`` and maps ``(B, H, W)`` of photos or tiles, given features, rows, and what was taught."""
+        scores, maps = self._run(DETECTOR, [*features, *rows])
+        if taught is None:
+            return scores, maps[:, 0]
+        more, raised = taught.raises(features[-1])
+        return scores + more, maps[:, 0] + raised

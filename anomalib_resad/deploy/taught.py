@@ -4,6 +4,11 @@
 
 A taught patch counts unless a good photo of the bank has a patch that is nearer to it than to all other good photos. So
 what is taught raises no good photo of the bank, compared with the others, and its threshold stays what it is.
+
+The bank of a product in tiles keeps some patches of its photos only, so it cannot tell that of those that it does not
+keep. Instead, it says of each row how near to it they lie at most (its reach). What lies in the reach of a row is like
+a good photo: it is never raised, and such a taught patch does not count. Each patch of a good photo of the bank lies in
+one, also where the photo is compared with the others alone. So the same holds for it.
 """
 
 from collections.abc import Iterable
@@ -12,13 +17,13 @@ from typing import NoReturn
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import TAUGHT, USED, Bank
-from anomalib_resad.deploy.bank_rows import left_out, patches_of
+from anomalib_resad.deploy.bank import REACH, TAUGHT, USED, Bank
+from anomalib_resad.deploy.bank_rows import left_out, levels_of, patches_of
 from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.enrollment.photos import PhotoError, Reference, by_content
 from anomalib_resad.enrollment.region import is_same
 from anomalib_resad.enrollment.rotations import Rows
-from anomalib_resad.enrollment.taught import BLOCK, RAISE, Taught, nearest
+from anomalib_resad.enrollment.taught import BLOCK, RAISE, Taught, in_reach, nearest
 
 
 def taught_of(bank: Bank, rows: Rows, manifest: Manifest) -> Taught | None:
@@ -33,7 +38,9 @@ def taught_of(bank: Bank, rows: Rows, manifest: Manifest) -> Taught | None:
     if not bank.taught or spread is None or not bank.arrays[USED].any():
         return None
     chosen = bank.arrays[TAUGHT][bank.arrays[USED] > 0]
-    return Taught(rows[-1], chosen, RAISE * spread, bank.image_size or manifest.image_size)
+    reach = bank.arrays.get(REACH)
+    good = rows[-1] if reach is None else rows[-1][: len(reach)]  # without what they are padded with
+    return Taught(good, chosen, RAISE * spread, bank.image_size or manifest.image_size, reach)
 
 
 def spread_of(bank: Bank, manifest: Manifest) -> float | None:
@@ -71,7 +78,13 @@ def carried(bank: Bank, before: Bank, manifest: Manifest) -> Bank:
 
 
 def which_count(bank: Bank, rows: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Which taught patches raise no good photo of a bank, bool, shape ``(M,)``; all of them for a single photo."""
+    """Which taught patches raise no good photo of a bank, bool, shape ``(M,)``.
+
+    All of them for a single photo; none of them in tiles that have no reach, where they wait for another enrollment.
+    """
+    if bank.tile_scale is not None:
+        reach = bank.arrays.get(REACH)
+        return np.zeros(len(rows), bool) if reach is None else ~in_reach(rows, levels_of(bank, manifest)[-1], reach)
     counting = np.ones(len(rows), dtype=bool)
     if len(bank.references) < 2:
         return counting

@@ -7,19 +7,20 @@ from typing import TypeAlias
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import TAUGHT, USED, Bank, NotTaughtError
+from anomalib_resad.deploy.bank import REACH, TAUGHT, USED, Bank, NotTaughtError
 from anomalib_resad.deploy.bank_rows import cells_of
 from anomalib_resad.deploy.bundle import Level
 from anomalib_resad.deploy.enrolling import check_same, looked_at, read_photos
 from anomalib_resad.deploy.products import Products
 from anomalib_resad.deploy.taught import check_not_good, spread_of, which_count, with_taught
+from anomalib_resad.deploy.tiles import batches, part_of, resized_to, size_in_tiles
 from anomalib_resad.enrollment.checks import is_number
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.image_size import Size
 from anomalib_resad.enrollment.photos import Photo, PhotoError, read_pixels
-from anomalib_resad.enrollment.references import size_of
+from anomalib_resad.enrollment.references import References, size_of
 from anomalib_resad.enrollment.region import INSIDE, box_of, core, stretched
-from anomalib_resad.enrollment.taught import MOST_PATCHES, defect_cells, most_of, nearest
+from anomalib_resad.enrollment.taught import MOST_PATCHES, covered, defect_cells, defective, most_of, nearest
 
 MOST_TAUGHT = 100 * MOST_PATCHES  # patches of a product
 Mask: TypeAlias = "Photo | None"
@@ -35,9 +36,9 @@ class Teaching(Products):
     def teach(self, name: str, photo: Photo, mask: Mask = None, box: Box | None = None) -> Bank:
         """Teach a product a defect that was missed: what looks like it scores higher from now on.
 
-        Its patches are kept with the product. Those that resemble the good photos more than these resemble each other
-        do not count, so no good photo of the bank scores higher, and the threshold stays. Teaching the same again
-        changes nothing.
+        Its patches are kept with the product, in tiles those of all tiles that show it. Those that resemble the good
+        photos more than these resemble each other do not count, so no good photo of the bank scores higher, and the
+        threshold stays (:mod:`anomalib_resad.deploy.taught`). Teaching the same again changes nothing.
 
         Args:
             name (str): The product.
@@ -49,21 +50,19 @@ class Teaching(Products):
         Raises:
             ValueError: If the product is not enrolled, or cannot be taught; or mask or box are impossible.
             PhotoError: If the photo cannot be used, is one of the good photos, or nothing in it differs from them.
-            BankError: If the product was given another region meanwhile.
+            BankError: If the product was given another region or tile scale meanwhile.
         """
         before = self._teachable(name)
         name = before.product
         _, read = read_photos([photo], before.bit_depth)
         (reference,) = read
         check_not_good(before, reference)
-        level = self.manifest.levels_at(before.image_size)[-1]
-        chosen = _chosen(before, _marked(size_of(photo), mask, box), level)
-        seen = looked_at(read, before.region)
-        rows = self._features_of(seen, 1, before.region, before.image_size)[0][reference][-1]
+        rows, chosen = self._keys_of(before, read, _marked(size_of(photo), mask, box))
         with self._store.changing(name):
             bank = self._teachable(name)
             check_same(name, bank.region, before.region)
             check_same(name, bank.image_size, before.image_size)
+            check_same(name, bank.tile_scale, before.tile_scale)
             check_not_good(bank, reference)
             kept = self._patches(bank, rows, chosen)
             if not which_count(bank, kept, self.manifest).any():
@@ -107,16 +106,17 @@ class Teaching(Products):
             ValueError: If it cannot.
         """
         bank = self.bank(name)
-        if bank.tile_scale is not None:
-            msg = (
-                f"{name!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), which cannot be taught yet. Enroll "
-                "it for whole photos (--mode replace --tile_scale 0), and teach it then."
-            )
-            raise ValueError(msg)
         if not self.manifest.keyed:
             msg = (
                 "This bundle is of a published method, which compares its levels apart, and cannot be taught. Export "
                 "the default method, or a backbone with its ready head (`resad export --backbone`)."
+            )
+            raise ValueError(msg)
+        if bank.tile_scale is not None and REACH not in bank.arrays:
+            msg = (
+                f"{name!r} is looked at in tiles (tile_scale={bank.tile_scale:g}), and its bank does not say how far "
+                "its good photos differ: it is of one photo, or of an earlier version. Enroll the product again from "
+                "two or more good photos (--mode replace), and teach it then."
             )
             raise ValueError(msg)
         if spread_of(bank, self.manifest) is None:
@@ -125,7 +125,34 @@ class Teaching(Products):
                 "defect should weigh is unknown. Add a good photo first."
             )
             raise ValueError(msg)
-        return self._whole_bank(name)
+        return bank if bank.tile_scale is not None else self._whole_bank(name)
+
+    def _keys_of(self, bank: Bank, read: References, marked: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """Keys of a photo's patches that count, shape ``(N, K)``, and which of them were marked, ``None`` for unknown.
+
+        Args:
+            bank (Bank): The product.
+            read (References): The photo.
+            marked (np.ndarray | None): Where the defect is, bool, of the photo's own size.
+
+        Raises:
+            ValueError: If what was marked lies outside of the product's region.
+            PhotoError: If the photo does not fit the product's region or its tiles.
+        """
+        (reference,) = read
+        level = self.manifest.levels_at(bank.image_size)[-1]
+        if bank.tile_scale is None:
+            chosen = _chosen(bank, marked, level)
+            seen = looked_at(read, bank.region)
+            return self._features_of(seen, 1, bank.region, bank.image_size)[0][reference][-1], chosen
+        tile, keys, shares = self.manifest.image_size, [], []
+        size = size_in_tiles(reference.name, read.sizes[0], bank.tile_scale, tile)
+        for corners, tiles in batches(resized_to(read[reference], size), tile):
+            keys.append(self.encode(tiles)[-1].transpose(0, 2, 3, 1).reshape(-1, level.channels))
+            if marked is not None:
+                parts = [part_of(marked, corner, tile, size) for corner in corners]
+                shares += [covered(part, level.height, level.width) for part in parts]
+        return np.concatenate(keys), None if marked is None else defective(np.stack(shares)).ravel()
 
     def _patches(self, bank: Bank, rows: np.ndarray, chosen: np.ndarray | None) -> np.ndarray:
         """What is kept of a photo: keys of the patches that were marked, or of those that differ most from good ones.

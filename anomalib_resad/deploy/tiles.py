@@ -13,6 +13,7 @@ from PIL import Image
 
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.image_size import Size
+from anomalib_resad.enrollment.photos import PhotoError
 from anomalib_resad.enrollment.rotations import Rows, rotated
 
 OVERLAP = 0.25  # least share of a tile that the next one repeats
@@ -51,6 +52,19 @@ def scaled_size(size: Sequence[int], scale: float, tile: Size) -> Size:
     return height, width
 
 
+def size_in_tiles(name: str, size: Sequence[int], scale: float, tile: Size) -> Size:
+    """What :func:`scaled_size` gives for a photo with a name.
+
+    Raises:
+        PhotoError: If it is smaller than a tile.
+    """
+    try:
+        return scaled_size(size, scale, tile)
+    except ValueError as error:
+        msg = f"{name}: {error}"
+        raise PhotoError(msg) from error
+
+
 def starts(length: int, tile: int) -> list[int]:
     """Where tiles begin along a side: evenly, from one edge to the other."""
     rest = length - tile
@@ -64,6 +78,21 @@ def batches(pixels: np.ndarray, tile: Size) -> Iterator[tuple[list[tuple[int, in
     for first in range(0, len(corners), BATCH):
         some = corners[first : first + BATCH]
         yield some, np.stack([pixels[top : top + tile[0], left : left + tile[1]] for top, left in some])
+
+
+def part_of(mask: np.ndarray, corner: tuple[int, int], tile: Size, size: Size) -> np.ndarray:
+    """What a tile shows of a mask.
+
+    Args:
+        mask (np.ndarray): The mask, of the photo's own size, shape ``(H, W)``.
+        corner (tuple[int, int]): Top and left of the tile.
+        tile (Size): Its height and width.
+        size (Size): The size that the photo is cut into tiles at.
+    """
+    ends = [first + length for first, length in zip(corner, tile, strict=True)]
+    per_pixel = [stored / side for stored, side in zip(mask.shape, size, strict=True)]
+    top, left, bottom, right = (round(at * each) for at, each in zip((*corner, *ends), per_pixel * 2, strict=True))
+    return mask[top:bottom, left:right]
 
 
 def resized_to(pixels: np.ndarray, size: Size) -> np.ndarray:

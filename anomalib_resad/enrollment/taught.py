@@ -19,6 +19,7 @@ COVERED = 0.1  # least share of a patch that a defect covers
 TOP_SHARE = 0.01  # of a photo's patches, the most anomalous ones, whose mean is its score: the model's, too
 SMOOTHING = 4 / 224  # standard deviation of the smoothing of maps, as a share of their side: that of the model
 BLOCK = 2048  # rows that are compared at once
+SLACK = 1e-5  # squared distance by which rounding may move a patch
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,15 @@ class Taught:
         taught (np.ndarray): Keys of taught patches, shape ``(M, K)``.
         unit (float): What a raise is multiplied with.
         image_size (tuple[int, int]): Height and width of the maps.
+        reach (np.ndarray | None): Of the good patches, shape ``(N,)``: what lies in it is not raised, see
+            :func:`in_reach`; ``None`` where the good patches are all that the good photos have.
     """
 
     good: np.ndarray
     taught: np.ndarray
     unit: float
     image_size: tuple[int, int]
+    reach: np.ndarray | None = None
 
     def raises(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What is added to raw scores and raw maps.
@@ -49,7 +53,11 @@ class Taught:
         count, channels, *grid = keys.shape
         rows = keys.transpose(0, 2, 3, 1).reshape(-1, channels)
         nearer = np.log((nearest(rows, self.good) + EQUAL) / (nearest(rows, self.taught) + EQUAL))
-        patches = np.float32(self.unit) * np.maximum(nearer, 0).reshape(count, *grid)
+        nearer = np.maximum(nearer, 0)
+        if self.reach is not None:
+            raised = np.flatnonzero(nearer)
+            nearer[raised[in_reach(rows[raised], self.good, self.reach)]] = 0
+        patches = np.float32(self.unit) * nearer.reshape(count, *grid)
         high, wide = (enlarging(*each) for each in zip(grid, self.image_size, strict=True))
         most = most_of(grid[0] * grid[1])
         scores = np.partition(patches.reshape(count, -1), -most, axis=1)[:, -most:].mean(axis=1)
@@ -67,10 +75,55 @@ def nearest(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.maximum(2 - 2 * np.max(parts, axis=0), 0).astype(np.float32)
 
 
+def widen(reach: np.ndarray, keys: np.ndarray, rows: np.ndarray, others: np.ndarray) -> None:
+    """Let the rows of a bank reach to a good photo's patches: each to those that no other row is nearer to.
+
+    That is done twice: among all rows, as the photo is inspected, and among those of the other photos, as it is scored
+    against them.
+
+    Args:
+        reach (np.ndarray): Squared distance that each row reaches, shape ``(N,)``, changed in place.
+        keys (np.ndarray): Keys of the photo's tiles, shape ``(B, K, H, W)``.
+        rows (np.ndarray): Keys of the bank's rows, shape ``(N, K)``.
+        others (np.ndarray): Which of them are of other photos, bool, shape ``(N,)``.
+    """
+    for tile in keys:
+        products = tile.reshape(len(tile), -1).T @ rows.T
+        for some in (np.arange(len(rows)), np.flatnonzero(others)):
+            among = products[:, some]
+            np.maximum.at(reach, some[among.argmax(axis=1)], 2 - 2 * among.max(axis=1))
+
+
+def in_reach(keys: np.ndarray, rows: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Which keys ``(M, K)`` lie as near to one of some rows as patches of good photos do, bool, shape ``(M,)``.
+
+    Args:
+        keys (np.ndarray): The keys.
+        rows (np.ndarray): Rows of a bank that keeps only some of the patches of its photos, shape ``(N, K)``.
+        reach (np.ndarray): What :func:`widen` made of them, shape ``(N,)``.
+    """
+    found = np.zeros(len(keys), dtype=bool)
+    for start in range(0, len(keys), BLOCK):
+        part = slice(start, start + BLOCK)
+        found[part] = (2 - 2 * (keys[part] @ rows.T) <= reach + SLACK).any(axis=1)
+    return found
+
+
 def defect_cells(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Which cells of a grid over a mask are defective, bool, shape ``(height, width)``.
+    """Which cells of a grid over a mask are defective, as of :func:`defective`; arguments as of :func:`covered`."""
+    return defective(covered(mask, height, width))
+
+
+def defective(shares: np.ndarray) -> np.ndarray:
+    """Which cells are defective, bool, given the share of each that a defect covers.
 
     Of a defect that covers no cell well enough, the cells that it covers most.
+    """
+    return shares >= min(COVERED, shares.max())
+
+
+def covered(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The share of each cell of a grid over a mask that a defect covers, shape ``(height, width)``.
 
     Args:
         mask (np.ndarray): True where the defect is, bool, shape ``(H, W)``.
@@ -80,8 +133,8 @@ def defect_cells(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     starts = [np.arange(cells) * side // cells for cells, side in zip((height, width), mask.shape, strict=True)]
     counts = np.add.reduceat(np.add.reduceat(mask, starts[0], axis=0, dtype=np.int64), starts[1], axis=1)
     sides = [np.maximum(np.diff(each, append=side), 1) for each, side in zip(starts, mask.shape, strict=True)]
-    shares = counts / np.outer(*sides)
-    return shares >= min(COVERED, shares.max())
+    shares: np.ndarray = counts / np.outer(*sides)
+    return shares
 
 
 def enlarging(patches: int, pixels: int) -> np.ndarray:
