@@ -81,7 +81,8 @@ class ResADModel(nn.Module):
 
         The bank holds the same of the reference photos. On the edge this is one file, and :meth:`detect` another.
         """
-        return self.encoder(images)
+        features: Features = self.encoder(images)
+        return features if self.estimator.judges_neighborhoods else features._replace(neighborhoods=None)
 
     def detect(self, features: Features, rows: Rows, image_size: Sequence[int]) -> InferenceBatch:
         """Everything that needs references.

@@ -26,7 +26,7 @@ from torch import Tensor
 from anomalib_resad import ResAD
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.rotations import ORIENTATIONS, Rotations, enrolled_rows
-from anomalib_resad.method.features import Features, as_list, from_list, rows_of, to_rows
+from anomalib_resad.method.features import Features, as_list, from_list, rows_of
 from anomalib_resad.method.head import EvidenceHead
 from anomalib_resad.method.presets import PRESETS
 from anomalib_resad.method.self_similarity import self_similarity_distance
@@ -48,13 +48,13 @@ def stages(model: ResAD, photos: Tensor) -> Actions:
     assert join is not None
     levels, features = net.encoder.backbone(photos), net.encode(photos)
     keys = torch.as_tensor(features.keys)
-    residuals, elsewhere = to_rows(features.values[0] - net.bank(features)[0]), self_similarity_distance(keys)
-    anomalies = [head.anomalies(residuals, elsewhere)]
+    matched = net.bank(features)
+    anomalies = head(features, matched)
     return {
         "fused: join": lambda: join(levels),
         "fused: match": lambda: net.bank(features),
         "fused: self-similarity": lambda: self_similarity_distance(keys),
-        "fused: head": lambda: head.anomalies(residuals, elsewhere),
+        "fused: head": lambda: head(features, matched),
         "fused: map": lambda: net.anomaly_map(anomalies, photos.shape[-2:]),
     }
 

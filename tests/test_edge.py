@@ -310,14 +310,15 @@ def test_the_default_model(
         np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
     assert inferencer.bank("tiles").rotations == 8, "at random angles: 64 patches of each photo, 32 of rotated copies"
     whole = inferencer.bank("tiles").arrays
-    assert [len(rows) for rows in whole.values()] == [288, 288, 288], "rows, their keys, which of them are searched"
-    assert [len(rows) for rows in inferencer.searched("tiles")] == [160, 160], "half of them, a multiple of 32"
+    sizes = {name: len(rows) for name, rows in whole.items()}
+    assert sizes == {"rows_0": 288, "rows_1": 39, "rows_2": 288, "searched": 288}, "values, neighborhoods, keys"
+    assert [len(rows) for rows in inferencer.searched("tiles")] == [160, 32, 160], "half of them, a multiple of 32"
     inferencer.enroll("thin", good[:3], max_patches=50)
-    thin, keys = inferencer.searched("thin")
+    thin, _, keys = inferencer.searched("thin")
     assert len(np.unique(keys, axis=0)) == 50
     for row, key in zip(thin, keys, strict=True):
         places = np.flatnonzero((whole["rows_0"] == row).all(axis=1))
-        assert (whole["rows_1"][places] == key).all(axis=1).any()
+        assert (whole["rows_2"][places] == key).all(axis=1).any()
 
 
 def test_a_limit_of_patches(inferencer: ResADInferencer, good: list[Path]) -> None:

@@ -157,7 +157,8 @@ def test_enrolled_product_says_how_it_was_rotated(
         model = enroll(trained_default, rotated_parts, tmp_path, k_shot=4, false_alarm_rate=0.2, **given)
         bank = model.model.bank
         assert bank.record.rotations == expected
-        assert [len(level) for level in as_list(bank.rows)] == [4 * kept_rows(64, expected)] * 2
+        patches, neighborhoods = (4 * kept_rows(count, expected) for count in (64, 9))
+        assert [len(level) for level in as_list(bank.rows)] == [patches, neighborhoods, patches]
         assert len(leave_one_out(model.model, model.pre_processor).scores) == 4
     path = tmp_path / "three.ckpt"
     engine = quiet_engine(tmp_path)
@@ -196,7 +197,7 @@ def test_a_reference_scores_against_others_as_its_photo_does(trained_default: Pa
     model.model.bank.store(rows, BankRecord(photos=4, rotations=orientations))
     scores = leave_one_out(model.model, model.pre_processor).scores
     others, _ = reference_rows(model.model, model.pre_processor, photos[1:], orientations)
-    others = model.model.bank.thin_out(others, 3)
+    others = model.model.bank.thin_out(others, 3, neighborhoods=orientations == 1)
     features = encode_photo(model.model, model.pre_processor, as_tensor(photos[0]))
     with torch.no_grad():
         found = model.model.detect(features, others, (64, 64)).pred_score.item()
@@ -253,7 +254,9 @@ def test_the_edge_rotates_as_evaluation_does(
     added = inferencer.add("some", photos[3:])
     assert all(np.array_equal(bank.arrays[name], added.arrays[name]) for name in bank.arrays)
     inferencer.remove("some", photos[0].name)
-    assert [len(level) for level in inferencer.bank("some").arrays.values()] == [3 * kept_rows(64, 8)] * 3
+    left = inferencer.bank("some").arrays
+    assert {len(level) for name, level in left.items() if name != "rows_1"} == {3 * kept_rows(64, 8)}
+    assert len(left["rows_1"]) == 3 * kept_rows(9, 8), "neighborhoods"
     told = resad(
         "enroll",
         "--bundle",

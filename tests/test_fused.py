@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from anomalib_resad import ResADModel
 from anomalib_resad.method.anomaly_map import AnomalyMapGenerator
-from anomalib_resad.method.features import Features, Rows, to_rows
+from anomalib_resad.method.features import Features, Rows, as_list, to_rows
 from anomalib_resad.method.head import ABNORMAL_SHARE, EQUAL, PATCHES, EvidenceHead
-from anomalib_resad.method.joined_levels import JoinedLevels
+from anomalib_resad.method.joined_levels import JoinedLevels, neighborhoods_of
 from anomalib_resad.method.reference_bank import ReferenceBank
 from anomalib_resad.method.self_similarity import self_similarity_distance
 from anomalib_resad.torch_model import TOP_SHARE, fused, resad
@@ -47,9 +47,11 @@ def model() -> ResADModel:
 def test_levels_are_joined_where_they_belong() -> None:
     """Each position of the joined map holds the direction of the same place in every level."""
     join = JoinedLevels([2, 2, 2], 6)
-    (joined,), keys = join(Coordinates()(torch.zeros(1, 3, 64, 96)))
+    features = join(Coordinates()(torch.zeros(1, 3, 64, 96)))
+    (joined,), keys = features.values, features.keys
     assert keys is not None
-    torch.testing.assert_close(join.keys_of(joined), keys, msg="the same, of levels that were joined before")
+    for known, again in zip(as_list(features), as_list(join.with_keys(joined)), strict=True):
+        torch.testing.assert_close(again, known, msg="the same, of levels that were joined before")
     assert joined.shape == (1, 6, 8, 12)
     assert keys.shape == (1, 6, 8, 12)
     place = nn.functional.normalize(Coordinates.grid(1, 8, 12), dim=1) / 3**0.5
@@ -64,7 +66,7 @@ def test_keys_keep_who_is_near() -> None:
     """As many keys as channels keep every angle; a quarter of them, nearly every neighbor that stands out."""
     torch.manual_seed(0)
     levels = [torch.randn(1, 128, 16, 16), torch.randn(1, 128, 8, 8)]
-    (joined,), keys = JoinedLevels([128, 128], 256)(levels)
+    (joined,), keys, _ = JoinedLevels([128, 128], 256)(levels)
     assert keys is not None
     torch.testing.assert_close(to_rows(keys) @ to_rows(keys).T, to_rows(joined) @ to_rows(joined).T)
     bank = ReferenceBank([256], 64, "cosine")
@@ -72,7 +74,7 @@ def test_keys_keep_who_is_near() -> None:
     join = JoinedLevels([128, 128], 64)
     bank.fill(join(levels))
     near = [level + 0.3 * torch.randn_like(level) for level in levels]
-    (matched,) = bank(join(near))
+    matched = bank(join(near))[0]
     right = (matched == join(levels).values[0]).all(dim=1)
     assert right.float().mean() > 0.99
 
@@ -154,34 +156,34 @@ def test_a_photo_without_elsewhere_is_as_far_as_can_be() -> None:
 def test_anomaly_is_the_evidence_in_units_of_normal_patches() -> None:
     torch.manual_seed(0)
     head = EvidenceHead(16)
-    residuals, within = torch.randn(500, 16), torch.rand(500) + 1
+    residuals, beside = torch.randn(500, 16), torch.rand(500, 2) + 1
     labels = torch.zeros(500, dtype=torch.bool)
     for _ in range(3):
-        head.loss(residuals, within, labels)
+        head.loss(residuals, beside, labels)
     head.eval()
     torch.testing.assert_close(head.power, residuals.square().mean(dim=0))
-    evidence = head.evidence(residuals, within)
+    evidence = head.evidence(residuals, beside)
     parts = (evidence - evidence.mean(dim=0)) / evidence.std(dim=0, correction=0)
     expected = (parts * torch.tensor(EvidenceHead.WEIGHTS)).sum(dim=1)
-    anomalies = head.anomalies(residuals[:6], within[:6].reshape(1, 2, 3))
+    anomalies = head.anomalies(residuals[:6], beside[:6].reshape(1, 2, 3, 2))
     torch.testing.assert_close(anomalies, expected[:6].reshape(1, 2, 3), atol=1e-4, rtol=0)
     before = head.mean.clone()
-    head.loss(2 * residuals, within, labels)
+    head.loss(2 * residuals, beside, labels)
     assert torch.equal(head.mean, before), "nothing follows what is evaluated"
 
 
 def test_head_counts_magnitudes_and_both_classes_alike() -> None:
     torch.manual_seed(0)
     head = EvidenceHead(8).eval()
-    residuals, within = torch.randn(10, 8), torch.rand(10)
-    torch.testing.assert_close(head.evidence(residuals, within), head.evidence(-residuals, within))
-    least = head.evidence(torch.zeros(1, 8), torch.zeros(1))[0, 1:].tolist()
-    assert least == pytest.approx([math.log(8 * EQUAL)] * 2), "in units of normal residuals"
+    residuals, beside = torch.randn(10, 8), torch.rand(10, 2)
+    torch.testing.assert_close(head.evidence(residuals, beside), head.evidence(-residuals, beside))
+    least = head.evidence(torch.zeros(1, 8), torch.zeros(1, 2))[0, 1:].tolist()
+    assert least == pytest.approx([math.log(8 * EQUAL)] * 3), "in units of normal residuals"
     rare = torch.zeros(10, dtype=torch.bool)
     rare[0] = True
-    logits = head.evidence(residuals, within)[:, 0]
+    logits = head.evidence(residuals, beside)[:, 0]
     expected = nn.functional.softplus(-logits[:1]).mean() / 2 + nn.functional.softplus(logits[1:]).mean() / 2
-    torch.testing.assert_close(head.loss(residuals, within, rare), expected)
+    torch.testing.assert_close(head.loss(residuals, beside, rare), expected)
 
 
 def test_head_learns_what_sets_defects_apart() -> None:
@@ -190,7 +192,7 @@ def test_head_learns_what_sets_defects_apart() -> None:
     head = EvidenceHead(16)
     optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
     labels = torch.arange(400) % 4 == 0
-    within = torch.ones(400)
+    beside = torch.ones(400, 2)
 
     def draw() -> Tensor:
         residuals = torch.randn(400, 16)
@@ -200,10 +202,10 @@ def test_head_learns_what_sets_defects_apart() -> None:
 
     for _ in range(100):
         optimizer.zero_grad()
-        head.loss(draw(), within, labels).backward()
+        head.loss(draw(), beside, labels).backward()
         optimizer.step()
     head.eval()
-    evidence = head.evidence(draw(), within)
+    evidence = head.evidence(draw(), beside)
     assert evidence[labels, 0].min() > evidence[~labels, 0].median()
     anomaly = ((evidence[:, :2] - head.mean[:2]) / head.variance[:2].sqrt()).sum(dim=1)
     assert (anomaly[labels][:, None] > anomaly[~labels]).float().mean() > 0.95
@@ -214,7 +216,10 @@ def test_loss_of_a_batch_by_hand() -> None:
     torch.manual_seed(0)
     head = EvidenceHead(6, dropout=0.0).eval()
     values, keys = torch.randn(2, 6, 4, 4), nn.functional.normalize(torch.randn(2, 3, 4, 4), dim=1)
-    references = [Rows([torch.randn(9, 6)], nn.functional.normalize(torch.randn(9, 3), dim=1)) for _ in range(2)]
+    around = nn.functional.normalize(torch.randn(4, 3), dim=1)
+    references = [
+        Rows([torch.randn(9, 6)], nn.functional.normalize(torch.randn(9, 3), dim=1), around) for _ in range(2)
+    ]
     mask = torch.zeros(2, 8, 8)
     mask[0, 0, 0] = 1  # a quarter of one patch: abnormal
     mask[1, :2, :2] = 1  # a whole patch
@@ -237,7 +242,7 @@ def test_loss_of_a_batch_by_hand() -> None:
         nn.functional.softplus(torch.stack(expected[False])).mean()
         + nn.functional.softplus(-torch.stack(expected[True])).mean()
     ) / 2
-    (step,) = head.losses(Features([values], keys).photos, references, mask, progress=0.5)
+    (step,) = head.losses(Features([values], keys, neighborhoods_of(keys)).photos, references, mask, progress=0.5)
     torch.testing.assert_close(step["head"], loss)
 
 
@@ -245,8 +250,9 @@ def test_loss_takes_no_more_patches_than_it_should() -> None:
     """However large photo and defect are; which ones is drawn anew each time."""
     torch.manual_seed(0)
     head = EvidenceHead(4)
-    features = Features([torch.randn(1, 4, 20, 20)], nn.functional.normalize(torch.randn(1, 3, 20, 20), dim=1))
-    rows = Rows([torch.randn(50, 4)], nn.functional.normalize(torch.randn(50, 3), dim=1))
+    keys, around = (nn.functional.normalize(torch.randn(shape), dim=1) for shape in ((1, 3, 20, 20), (9, 3)))
+    features = Features([torch.randn(1, 4, 20, 20)], keys, neighborhoods_of(keys))
+    rows = Rows([torch.randn(50, 4)], nn.functional.normalize(torch.randn(50, 3), dim=1), around)
     mask = torch.zeros(1, 40, 40)
     mask[:, :20] = 1
     counts, losses = [], set()

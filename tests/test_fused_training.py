@@ -228,10 +228,11 @@ def test_keys_are_learned_once_and_kept(products: Path, tmp_path: Path) -> None:
 def test_the_target_is_enrolled_with_the_keys_that_were_learned(trained_default: Path) -> None:
     """Not with those that the training began with."""
     model = ResAD.load_from_checkpoint(trained_default).model
-    (values,), keys = model.bank.rows
+    (values,), keys, _ = model.bank.rows
     join = model.encoder.join
     assert join is not None
     assert join.learned
+    assert keys is not None
     expected = nn.functional.normalize(values @ join.directions.T, dim=1)
     torch.testing.assert_close(expected, keys, rtol=0, atol=1e-3)  # both are kept in half precision
 
@@ -309,7 +310,7 @@ def test_training_raises_the_quality_on_a_product_that_it_never_saw(tmp_path: Pa
             with torch.no_grad():
                 features = model.model.encode(model.pre_processor.transform(photo.image[None]))  # type: ignore[union-attr, operator]
                 residuals = to_rows(features.values[0] - model.model.bank(features)[0])
-                logits.append(head_of(model).evidence(residuals, torch.ones(len(residuals)))[:, 0])
+                logits.append(head_of(model).evidence(residuals, torch.ones(len(residuals), 2))[:, 0])
             grid = features.values[0].shape[-2:]
             masks.append(F.adaptive_max_pool2d(photo.gt_mask[None].float(), grid).flatten())
         return binary_auroc(torch.cat(logits).sigmoid(), torch.cat(masks).int()).item()

@@ -153,7 +153,12 @@ def test_what_a_bank_of_tiles_can_and_cannot(
 
 def test_rotated_copies_and_limits(model: ResADInferencer, walls: list[np.ndarray]) -> None:
     few = model.enroll("few", walls[:2], rotations=8, tile_scale=1, max_patches=60)
-    assert {len(rows) for rows in few.arrays.values()} == {60}
+    assert {name: len(rows) for name, rows in few.arrays.items()} == {
+        "rows_0": 60,
+        "rows_1": 16,
+        "rows_2": 60,
+        "reach": 60,
+    }
     assert few.rotations == 8
     assert model.enroll("auto", walls[:2], rotations="auto", tile_scale=1).rotations in (1, 8)
     assert np.isfinite(model.predict(walls[3], "few").raw_score)

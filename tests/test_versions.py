@@ -39,7 +39,9 @@ def as_0_1_0(path: Path, folder: Path) -> Path:
     state["model.bank._extra_state"] = kept | {"files": files, "leave_one_out": [1.0, 2.0]}
     if is_head:
         state["model.anomaly_map.ceilings"] = torch.full((1,), float("nan"))
-        del state["model.estimator.weights" if "model.estimator.weights" in state else "model.head.weights"]
+        del state["model.head.weights"], state["model.bank.rows_2"]  # neighborhoods came later
+        for name in ("model.head.mean", "model.head.variance"):
+            state[name] = state[name][: len(EvidenceHead.WEIGHTS_0_1)]
     content["state_dict"] = state
     return rewrite(content, folder / "earlier.ckpt")
 
@@ -60,8 +62,11 @@ def test_checkpoints_of_0_1_0_load(current: Path, tmp_path: Path, images: torch.
     assert any(name.startswith("model.backbone.") for name in names)
     assert not any("encoder" in name or "estimator" in name for name in names)
     as_it_was = ResAD.load_from_checkpoint(current)
-    if isinstance(as_it_was.model.estimator, EvidenceHead):
-        as_it_was.model.estimator.weights.copy_(torch.tensor(EvidenceHead.WEIGHTS_0_1))
+    head = as_it_was.model.estimator
+    if isinstance(head, EvidenceHead):
+        state = head.state_dict()
+        state |= {name: state[name][: len(EvidenceHead.WEIGHTS_0_1)] for name in ("mean", "variance")}
+        head.load_state_dict(state | {"weights": torch.tensor(EvidenceHead.WEIGHTS_0_1)})
     expected = evaluate(as_it_was, images)
     restored = ResAD.load_from_checkpoint(earlier)
     started = ResAD(checkpoint=earlier)

@@ -25,6 +25,7 @@ FORMAT_OF_VIEW = "resad-bank-3"  # of a bank with a region, of tiles, or of a si
 FORMAT_OF_TAUGHT = "resad-bank-4"  # of a bank that was taught defects
 REGION = "region"  # its array
 SEARCHED = "searched"  # which rows a search looks through; without it they are chosen anew, which takes longer
+SEARCHED_NEIGHBORHOODS = "searched_neighborhoods"  # the same of neighborhoods, if not all are
 TAUGHT, USED = "taught", "taught_used"  # keys of taught patches, and which of them count
 REACH = "reach"  # of rows of tiles: how near to them patches of the good photos lie that are not kept
 ENTRY = "resad"  # the one entry of a file's metadata; safetensors orders several at random, as in banks of 0.1.0
@@ -64,7 +65,8 @@ class Bank:
         references (tuple[Reference, ...]): The photos, ordered by content.
         arrays (dict[str, np.ndarray]): ``rows_0``, ... of each level, float32, shape ``(N_l, C_l)``: the patches of the
             references one after the other, each with those of its rotated copies. Where levels are searched by keys,
-            ``searched``, uint8, shape ``(N,)``, tells which rows are, if not all. And of a product that has one,
+            ``searched``, uint8, shape ``(N,)``, tells which rows are, if not all, and ``searched_neighborhoods`` which
+            neighborhoods. And of a product that has one,
             ``region``, see :mod:`anomalib_resad.enrollment.region`: then there are no rows of patches outside of it.
             Of a product that was taught defects also ``taught``, keys of their patches, shape ``(M, K)``, and
             ``taught_used``, uint8, shape ``(M,)``, see :mod:`anomalib_resad.deploy.taught`. Of two or more photos that

@@ -10,14 +10,28 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from anomalib_resad.deploy.bank import ENTRY, REACH, SEARCHED, TAUGHT, USED, Bank, BankError, checksum_of, format_of
+from anomalib_resad.deploy.bank import (
+    ENTRY,
+    REACH,
+    SEARCHED,
+    SEARCHED_NEIGHBORHOODS,
+    TAUGHT,
+    USED,
+    Bank,
+    BankError,
+    checksum_of,
+    format_of,
+)
 from anomalib_resad.deploy.bank_rows import is_whole, patches_of
-from anomalib_resad.deploy.bundle import Manifest, strict_json
+from anomalib_resad.deploy.bundle import Manifest
+from anomalib_resad.deploy.json_reading import strict_json
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.deploy.tiles import check_tile_scale
 from anomalib_resad.enrollment.calibration import check_rate
+from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import check_bit_depth
 from anomalib_resad.enrollment.image_size import MOST_SIDE
+from anomalib_resad.enrollment.neighborhoods import NEIGHBORHOODS
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.region import LONGEST
 from anomalib_resad.enrollment.rotations import check_rotations, kept_rows
@@ -116,20 +130,20 @@ def check_bank(bank: Bank, manifest: Manifest, where: str) -> None:
     except ValueError as error:
         msg = f"{where}: {error} Enroll again."
         raise BankError(msg) from error
-    counts = [each for each in (bank.rotations, bank.bit_depth, bank.max_patches) if each is not None]
-    if not all(type(each) is int and each > 0 for each in counts):
+    if not all(is_count(each) for each in (bank.rotations, bank.bit_depth, bank.max_patches) if each is not None):
         msg = f"{where}: rotations={bank.rotations!r}, max_patches={bank.max_patches!r} are no numbers. Enroll again."
         raise BankError(msg)
     for number, level in enumerate(manifest.levels_at(bank.image_size)):
         rows = bank.arrays.get(f"rows_{number}")
         expected = len(bank.references) * kept_rows(patches_of(bank, level), bank.rotations)
         if bank.tile_scale is not None:
-            expected = len(bank.arrays.get(f"rows_{len(manifest.levels) - 1 if manifest.keyed else number}", ()))
+            by_itself = not manifest.keyed or (manifest.judges_neighborhoods and number == NEIGHBORHOODS)
+            expected = len(bank.arrays.get(f"rows_{number if by_itself else len(manifest.levels) - 1}", ()))
         elif not is_whole(bank, manifest):
             expected = min(expected, bank.max_patches or expected)
         if rows is None or rows.dtype != np.float32 or rows.shape != (expected, level.channels) or expected == 0:
-            found = None if rows is None else f"{rows.dtype} {rows.shape}"
-            msg = f"{where}: level {number} has {found} instead of float32 {(expected, level.channels)}. Enroll again."
+            has = None if rows is None else f"{rows.dtype} {rows.shape}"
+            msg = f"{where}: level {number} has {has} instead of float32 {(expected, level.channels)}. Enroll again."
             raise BankError(msg)
         with np.errstate(over="ignore"):
             lengths = np.linalg.norm(rows, axis=1)  # which the matching divides by
@@ -231,15 +245,20 @@ def _check_searched(bank: Bank, manifest: Manifest, where: str) -> None:
     Raises:
         BankError: If it is none.
     """
-    chosen = bank.arrays.get(SEARCHED)
-    if chosen is None:
-        return
-    rows = len(bank.arrays[f"rows_{len(manifest.levels) - 1}"])
-    fits = manifest.keyed and is_whole(bank, manifest) and (chosen.dtype, chosen.shape) == (np.uint8, (rows,))
-    counts = chosen.reshape(1 if bank.max_patches else len(bank.references), -1).sum(axis=1) if fits else np.zeros(1)
-    if not fits or chosen.max() > 1 or counts.min() == 0 or counts.min() != counts.max():
-        msg = f"{where}: which of its rows are searched is no list of 0 and 1, as many of each photo. Enroll again."
-        raise BankError(msg)
+    levels = {SEARCHED: len(manifest.levels) - 1}
+    if manifest.judges_neighborhoods and bank.max_patches:
+        levels[SEARCHED_NEIGHBORHOODS] = NEIGHBORHOODS
+    for name in (SEARCHED, SEARCHED_NEIGHBORHOODS):
+        chosen = bank.arrays.get(name)
+        if chosen is None:
+            continue
+        rows = len(bank.arrays[f"rows_{levels[name]}"]) if name in levels else -1
+        fits = manifest.keyed and is_whole(bank, manifest) and (chosen.dtype, chosen.shape) == (np.uint8, (rows,))
+        groups = 1 if bank.max_patches else len(bank.references)
+        counts = chosen.reshape(groups, -1).sum(axis=1) if fits else np.zeros(1)
+        if not fits or chosen.max() > 1 or counts.min() == 0 or counts.min() != counts.max():
+            msg = f"{where}: which of its rows are searched is no list of 0 and 1, as many of each photo. Enroll again."
+            raise BankError(msg)
 
 
 def _check_scores(bank: Bank) -> None:

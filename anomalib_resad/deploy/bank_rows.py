@@ -2,14 +2,20 @@
 
 """The rows of a bank: those of each photo, those that are searched, and how each photo scores against the others."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from anomalib_resad.deploy.bank import SEARCHED, Bank
+from anomalib_resad.deploy.bank import SEARCHED, SEARCHED_NEIGHBORHOODS, Bank
 from anomalib_resad.deploy.bundle import Level, Manifest
 from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.coreset import searched, thin_out
+from anomalib_resad.enrollment.neighborhoods import (
+    NEIGHBORHOODS,
+    PATCHES_PER_NEIGHBORHOOD,
+    judges_neighborhoods,
+    of_patches,
+)
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.region import cells_inside
 from anomalib_resad.enrollment.rotations import Rows, kept_rows
@@ -22,15 +28,50 @@ def levels_of(bank: Bank, manifest: Manifest) -> Rows:
 
 def chosen_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int | None) -> dict[str, np.ndarray]:
     """What a bank keeps of which rows are searched, so that opening it need not choose; as of :func:`searched_rows`."""
-    chosen = _searched_by_keys(rows[-1], photos, manifest, max_patches) if manifest.keyed else None
-    return {} if chosen is None else {SEARCHED: np.isin(np.arange(len(rows[-1])), chosen).astype(np.uint8)}
+    if not manifest.keyed:
+        return {}
+    chosen = {SEARCHED: (rows[-1], _searched_by_keys(rows[-1], photos, manifest, max_patches))}
+    if manifest.judges_neighborhoods and max_patches is not None:
+        most = -(-max_patches // PATCHES_PER_NEIGHBORHOOD)
+        chosen[SEARCHED_NEIGHBORHOODS] = rows[NEIGHBORHOODS], _covering(rows[NEIGHBORHOODS], most)
+    return {
+        name: np.isin(np.arange(len(level)), some).astype(np.uint8)
+        for name, (level, some) in chosen.items()
+        if some is not None
+    }
+
+
+def _as_chosen(rows: Rows, chosen: Mapping[str, np.ndarray]) -> Rows:
+    """The rows that :func:`chosen_rows` chose."""
+    kept = of_patches(rows, chosen[SEARCHED] > 0) if SEARCHED in chosen else list(rows)
+    if SEARCHED_NEIGHBORHOODS in chosen:
+        kept[NEIGHBORHOODS] = kept[NEIGHBORHOODS][chosen[SEARCHED_NEIGHBORHOODS] > 0]
+    return kept
 
 
 def searched_of(bank: Bank, manifest: Manifest) -> Rows:
     """The rows of a bank that a search looks through, level by level."""
+    return judged(_searched(bank, manifest), len(bank.references), bank.rotations, manifest)
+
+
+def judged(rows: Rows, photos: int, rotations: int, manifest: Manifest) -> Rows:
+    """Rows with a row of zeros for neighborhoods that are not to be judged, which the detector passes over.
+
+    Args:
+        rows (Rows): Rows of each level.
+        photos (int): Good photos of the product.
+        rotations (int): Their orientations.
+        manifest (Manifest): The bundle's.
+    """
+    if not manifest.judges_neighborhoods or judges_neighborhoods(photos, rotations):
+        return rows
+    return [np.zeros_like(level[:1]) if number == NEIGHBORHOODS else level for number, level in enumerate(rows)]
+
+
+def _searched(bank: Bank, manifest: Manifest) -> Rows:
     rows = levels_of(bank, manifest)
     if SEARCHED in bank.arrays:
-        return [level[bank.arrays[SEARCHED] > 0] for level in rows]
+        return _as_chosen(rows, bank.arrays)
     if not is_whole(bank, manifest):
         return rows
     return searched_rows(rows, len(bank.references), manifest, bank.max_patches)
@@ -70,12 +111,11 @@ def searched_rows(rows: Rows, photos: int, manifest: Manifest, max_patches: int 
         rows (Rows): Rows of each level, photo after photo.
         photos (int): How many.
         manifest (Manifest): The bundle's. Its share of each photo's rows is searched.
-        max_patches (int | None): Most rows, instead of that share. Keys and what they stand for are thinned out
-            together, levels that are matched apart each by itself.
+        max_patches (int | None): Most rows, instead of that share, and a quarter as many neighborhoods. Keys and what
+            they stand for are thinned out together, levels that are matched apart each by itself.
     """
     if manifest.keyed:
-        chosen = _searched_by_keys(rows[-1], photos, manifest, max_patches)
-        return rows if chosen is None else [level[chosen] for level in rows]
+        return _as_chosen(rows, chosen_rows(rows, photos, manifest, max_patches))
     if max_patches is None:
         return rows
     return [level[_covering(level, max_patches)] for level in rows]
@@ -158,9 +198,9 @@ def left_out(bank: Bank, manifest: Manifest) -> Iterator[tuple[Rows, Rows]]:
     photos, most, rows = len(bank.references), bank.max_patches, levels_of(bank, manifest)
     own = [np.split(level, photos) for level in rows]
     # What is thinned out photo by photo is so only once; what is chosen among all photos, anew for each.
-    known = [np.split(level, photos) for level in (rows if most else searched_of(bank, manifest))]
+    known = [np.split(level, photos) for level in (rows if most else _searched(bank, manifest))]
     for photo in range(photos):
         others = [np.concatenate([*parts[:photo], *parts[photo + 1 :]]) for parts in known]
         if most:
             others = searched_rows(others, photos - 1, manifest, most)
-        yield [parts[photo] for parts in own], others
+        yield [parts[photo] for parts in own], judged(others, photos, bank.rotations, manifest)

@@ -15,15 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from anomalib_resad.deploy.json_reading import strict_json
 from anomalib_resad.deploy.packed import read_file
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.image_size import Size, size_of_photos
+from anomalib_resad.enrollment.neighborhoods import NEIGHBORHOODS, has_neighborhoods, neighborhoods_along
 from anomalib_resad.enrollment.rotations import Rotations, check_rotations
 from anomalib_resad.enrollment.thresholds import is_threshold
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 REDUCED = ("bf16", "int8")  # precisions with features of their own
 FORMAT = 1
+FORMAT_OF_NEIGHBORHOODS = 2  # of a model that judges neighborhoods, too: versions that know none refuse it
 MANIFEST = "manifest.json"
 ENCODER, DETECTOR = "encoder.xml", "detector.xml"
 FILES = (ENCODER, DETECTOR, "encoder.bin", "detector.bin")
@@ -90,7 +93,7 @@ class Manifest:
         backbone (str): Name of the backbone.
         image_size (tuple[int, int]): Height and width of the maps.
         levels (tuple[Level, ...]): The levels of the features.
-        keyed (bool): Whether the last level holds keys to the rows of the others.
+        keyed (bool): Whether the last level holds keys to the rows of the first; between them may lie neighborhoods.
         rotations (Rotations): Orientations of each photo that is enrolled, unless another number is asked for.
         row_multiple (int): The detector takes a bank whose rows are a multiple of this.
         score (Scale): Normalization of the score.
@@ -159,6 +162,16 @@ class Manifest:
             raise ValueError(msg)
 
     @property
+    def judges_neighborhoods(self) -> bool:
+        """Whether neighborhoods are judged beside patches."""
+        return self.keyed and has_neighborhoods(self.levels)
+
+    @property
+    def format(self) -> int:
+        """The format of the manifest's file."""
+        return FORMAT_OF_NEIGHBORHOODS if self.judges_neighborhoods else FORMAT
+
+    @property
     def encoder(self) -> str:
         """What a bank must have been made with: features of other weights, or of fewer bits, are other features."""
         return f"{self.model}/{self.precision if self.precision in REDUCED else 'float'}"
@@ -174,9 +187,14 @@ class Manifest:
         if size is None:
             return self.levels
         height, width = self.image_size
-        return tuple(
+        levels = [
             Level(each.channels, each.height * size[0] // height, each.width * size[1] // width) for each in self.levels
-        )
+        ]
+        if self.judges_neighborhoods:
+            keys = levels[-1]
+            sides = (neighborhoods_along(side) for side in (keys.height, keys.width))
+            levels[NEIGHBORHOODS] = Level(keys.channels, *sides)
+        return tuple(levels)
 
     def place(self, file: str) -> str:
         """Where one of the files is in the bundle."""
@@ -189,7 +207,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""
-        content = {"format": FORMAT, **asdict(self)}
+        content = {"format": self.format, **asdict(self)}
         text = json.dumps(content | {"checksum": _checksum(content)}, indent=2)
         write_whole(folder / MANIFEST, (text + "\n").encode())
 
@@ -199,28 +217,6 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def strict_json(text: str | bytes) -> Any:  # noqa: ANN401
-    """Read JSON; no key may stand there twice, and every number is finite.
-
-    Raises:
-        ValueError: If it is not so.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) < len(pairs):
-            msg = f"a key stands there twice, among {[key for key, _ in pairs]}"
-            raise ValueError(msg)
-        return dict(pairs)
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            msg = f"{number} is no number that could be used"
-            raise ValueError(msg)
-        return float(number)
-
-    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
-
-
 def _parse(text: bytes) -> Manifest | None:
     """The manifest, or ``None`` if it has another format. Version 0.1.0 wrote no checksum, and none of the weights.
 
@@ -228,7 +224,7 @@ def _parse(text: bytes) -> Manifest | None:
         ValueError: If something in it cannot be.
     """
     known = strict_json(text)
-    if known["format"] != FORMAT:
+    if known["format"] not in (FORMAT, FORMAT_OF_NEIGHBORHOODS):
         return None
     checksum = known.pop("checksum", None)
     if checksum != _checksum(known) and not (checksum is None and "weights" not in known):
@@ -267,7 +263,10 @@ def read_bundle(bundle: Path) -> tuple[Manifest, dict[str, bytes]]:
         msg = f"{path} cannot be read ({error!r}). {again}"
         raise BundleError(msg) from error
     if manifest is None:
-        msg = f"{path} has another format than {FORMAT}, which this version reads. Export the checkpoint again."
+        msg = (
+            f"{path} has another format than {FORMAT} and {FORMAT_OF_NEIGHBORHOODS}, which this version reads. Export "
+            "the checkpoint again."
+        )
         raise BundleError(msg)
     for name, digest in manifest.files.items():
         try:

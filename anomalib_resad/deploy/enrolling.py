@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from anomalib_resad.deploy.bank import REACH, REGION, Bank, BankError
-from anomalib_resad.deploy.bank_rows import chosen_rows, leave_one_out, padded
+from anomalib_resad.deploy.bank_rows import chosen_rows, judged, leave_one_out, padded
 from anomalib_resad.deploy.model import Model
 from anomalib_resad.deploy.taught import carried
 from anomalib_resad.deploy.tiles import MOST_ROWS, inspected, resized_to, rows_of, size_in_tiles
@@ -102,7 +102,7 @@ class Enrolling(Model):
             rows_of(pixels, size, tile, self.encode, keyed, rotations, most)
             for pixels, size in zip(read.values(), sizes, strict=True)
         ]
-        own, arrays = self._own_of_tiles(read, sizes, kept)
+        own, arrays = self._own_of_tiles(read, sizes, kept, int(rotations))
         arrays |= {f"rows_{level}": np.concatenate(rows) for level, rows in enumerate(zip(*kept, strict=True))}
         return Bank(
             name,
@@ -118,7 +118,7 @@ class Enrolling(Model):
         )
 
     def _own_of_tiles(
-        self, read: References, sizes: Sequence[Size], kept: Sequence[Rows]
+        self, read: References, sizes: Sequence[Size], kept: Sequence[Rows], rotations: int
     ) -> tuple[OwnScores, dict[str, np.ndarray]]:
         """What photos in tiles score against the others, and how far the rows that are kept of them reach."""
         if len(read) < 2:
@@ -129,7 +129,8 @@ class Enrolling(Model):
 
         def found(index: int, pixels: np.ndarray) -> tuple[float, np.ndarray]:
             others = [np.concatenate(level) for level in zip(*(*kept[:index], *kept[index + 1 :]), strict=True)]
-            rows = [padded(level, self.manifest.row_multiple) for level in others]
+            searched = judged(others, len(read), rotations, self.manifest)
+            rows = [padded(level, self.manifest.row_multiple) for level in searched]
 
             def detect(tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
                 features = self.encode(tiles)

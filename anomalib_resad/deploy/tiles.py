@@ -13,6 +13,12 @@ from PIL import Image
 
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.image_size import Size
+from anomalib_resad.enrollment.neighborhoods import (
+    NEIGHBORHOODS,
+    PATCHES_PER_NEIGHBORHOOD,
+    has_neighborhoods,
+    of_patches,
+)
 from anomalib_resad.enrollment.photos import PhotoError
 from anomalib_resad.enrollment.rotations import Rows, rotated
 
@@ -118,7 +124,7 @@ def rows_of(
         size (Size): The size that it is cut into tiles at.
         tile (Size): Height and width of a tile.
         encode (Callable[[np.ndarray], Sequence[np.ndarray]]): Tiles to features ``(B, C_l, H_l, W_l)`` of each level.
-        keyed (bool): Whether the last level holds the keys of all others.
+        keyed (bool): As of :func:`~anomalib_resad.enrollment.rotations.enrolled_rows`.
         rotations (int): Orientations.
         most (int): Most rows of a level.
     """
@@ -133,8 +139,13 @@ def rows_of(
 
 
 def _thinned(rows: Rows, keyed: bool, most: int) -> Rows:
-    chosen = [thin_out(rows[-1], most)] * len(rows) if keyed else [thin_out(level, most) for level in rows]
-    return [level[each] for level, each in zip(rows, chosen, strict=True)]
+    if not keyed:
+        return [level[thin_out(level, most)] for level in rows]
+    kept = of_patches(rows, thin_out(rows[-1], most))
+    if has_neighborhoods(rows):
+        around = rows[NEIGHBORHOODS]
+        kept[NEIGHBORHOODS] = around[thin_out(around, -(-most // PATCHES_PER_NEIGHBORHOOD))]
+    return kept
 
 
 def inspected(

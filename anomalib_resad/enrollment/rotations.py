@@ -10,6 +10,7 @@ from PIL import Image
 
 from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.coreset import thin_out
+from anomalib_resad.enrollment.neighborhoods import NEIGHBORHOODS, has_neighborhoods
 
 Rotations: TypeAlias = int | Literal["auto"]
 Rows: TypeAlias = list[np.ndarray]  # of one photo, float32, shape (N_l, C_l) per level
@@ -86,8 +87,8 @@ def enrolled_rows(
             held at a time. The first two decide whether all are rotated; `read_references` orders them by content.
         encode (Callable[[np.ndarray], Rows]): Rows of a photo's patches, shape ``(N_l, C_l)`` per level. The last level
             decides whether photos are rotated to each other.
-        keyed (bool): Whether the last level holds the keys of all others, so that the same patches are kept in every
-            level; else each level chooses its own.
+        keyed (bool): Whether the last level holds the keys of the others, so that the same patches are kept in every
+            level but that of neighborhoods; else each level chooses its own.
         rotations (Rotations): Orientations of each photo, 1 for the photo alone. ``"auto"`` takes
             :data:`ORIENTATIONS` where the photos are rotated to each other, so that orientation is no defect, else 1.
 
@@ -153,6 +154,9 @@ def _with_copies(own: Rows, copies: Sequence[Rows], keyed: bool) -> Rows:
     extra = [kept_rows(len(level), len(copies) + 1) - len(level) for level in own]
     if keyed:
         kept = [thin_out(others[-1], extra[-1], own[-1])] * len(own)
+        if has_neighborhoods(own):
+            at = NEIGHBORHOODS
+            kept[at] = thin_out(others[at], extra[at], own[at])
     else:
         kept = [thin_out(*level) for level in zip(others, extra, own, strict=True)]
     return [np.concatenate([level, rest[chosen]]) for level, rest, chosen in zip(own, others, kept, strict=True)]

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from anomalib_resad.deploy.bundle import Level
 from anomalib_resad.deploy.runtime import canvas_of
 from anomalib_resad.enrollment.image_size import Size, size_of_photos
+from anomalib_resad.enrollment.neighborhoods import NEIGHBORHOODS, STEP, has_neighborhoods
 from anomalib_resad.lightning_model import ResAD
 from anomalib_resad.method.backbone import coarsest_stride, describe
 from anomalib_resad.method.features import as_list, from_list, rows_from_list, to_rows
@@ -182,9 +183,15 @@ def _trace(model: ResAD) -> tuple[ExportedProgram, ExportedProgram, tuple[Level,
         rows = [torch.cat([level, level[:1].expand(2 * GROUP - len(level), -1)]) for level in rows]
         counts = [{0: GROUP * Dim(f"groups_{level}", min=1, max=1 << 24)} for level in range(len(rows))]
         grids = [{0: batch} for _ in features]
-        if is_open:
-            grids = [{0: batch, **_open_grid(level, size, stride, strides)} for level in features]
         detector = Detector(model, None if is_open else size, size[0] // features[0].shape[2])
+        if is_open:
+            sides_of = size, stride, strides
+            keyed = detector.model.bank.keyed and has_neighborhoods(features)
+            grids = [
+                {0: batch}
+                | (_open_neighborhoods() if keyed and number == NEIGHBORHOODS else _open_grid(level, *sides_of))
+                for number, level in enumerate(features)
+            ]
         traced_detector = torch.export.export(detector, (features, rows), dynamic_shapes=(grids, counts))
     return traced_encoder, traced_detector, tuple(Level(*level.shape[1:]) for level in features)
 
@@ -193,3 +200,9 @@ def _open_grid(level: Tensor, size: Size, stride: int, strides: Sequence[Any]) -
     """Height and width of a level's features, by axis, as multiples of the strides of its photos."""
     patches = (side * stride // whole for side, whole in zip(level.shape[2:], size, strict=True))
     return {axis: each * count for axis, (each, count) in enumerate(zip(patches, strides, strict=True), 2)}
+
+
+def _open_neighborhoods() -> dict[int, Any]:
+    """Height and width of neighborhoods, by axis, which are no multiples of anything."""
+    names = ("neighborhoods_down", "neighborhoods_across")
+    return {axis: Dim(name, min=1, max=STEP * MOST_STRIDES) for axis, name in enumerate(names, 2)}

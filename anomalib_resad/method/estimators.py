@@ -16,12 +16,18 @@ class Estimator(nn.Module):
 
     trains = False
 
+    @property
+    def judges_neighborhoods(self) -> bool:
+        """Whether neighborhoods are judged beside patches; else features and banks have none."""
+        return False
+
     def forward(self, features: Features, matched: Sequence[Tensor]) -> list[Tensor]:
         """Anomaly of each patch.
 
         Args:
             features (Features): Features of photos.
-            matched (Sequence[Tensor]): The nearest reference of each patch, of the shapes of ``features.values``.
+            matched (Sequence[Tensor]): The nearest reference of each patch, of the shapes of ``features.values``, and
+                of each neighborhood, if there are any.
 
         Returns:
             list[Tensor]: One map per level, shape ``(B, H_l, W_l)``.

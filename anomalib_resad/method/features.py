@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the encoder gives and what a bank holds: maps or rows of each level, and the keys they are searched by."""
+"""What the encoder gives and what a bank holds: maps or rows of each level, their keys, and neighborhoods."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,10 +15,13 @@ class Features(NamedTuple):
         values (list[Tensor]): One map per level, shape ``(B, C_l, H_l, W_l)``.
         keys (Tensor | None): Short vectors by which all levels are searched, shape ``(B, K, H, W)``; ``None`` where
             each level is searched by its own values.
+        neighborhoods (Tensor | None): Mean keys of neighborhoods of patches, which are searched by themselves, shape
+            ``(B, K, H', W')``; ``None`` where nothing judges them.
     """
 
     values: list[Tensor]
     keys: Tensor | None = None
+    neighborhoods: Tensor | None = None
 
     @property
     def photos(self) -> list["Features"]:
@@ -36,20 +39,26 @@ class Rows(NamedTuple):
     Attributes:
         values (list[Tensor]): One row per patch and level, shape ``(N_l, C_l)``.
         keys (Tensor | None): Keys of the rows, shape ``(N, K)``, as of :class:`Features`.
+        neighborhoods (Tensor | None): Shape ``(N', K)``, as of :class:`Features`.
     """
 
     values: list[Tensor]
     keys: Tensor | None = None
+    neighborhoods: Tensor | None = None
 
 
 def as_list(features: Features | Rows) -> list[Tensor]:
-    """The levels one after the other, and the keys, if there are any, as the last."""
-    return [*features.values] if features.keys is None else [*features.values, features.keys]
+    """The levels one after the other, then neighborhoods, if there are any, and keys as the last."""
+    rest = [features.neighborhoods, features.keys]
+    return [*features.values, *(each for each in rest if each is not None)]
 
 
 def from_list(levels: Sequence[Tensor], keyed: bool) -> Features:
     """The features that :func:`as_list` made a list of."""
-    return Features(list(levels[:-1]), levels[-1]) if keyed else Features(list(levels))
+    if not keyed:
+        return Features(list(levels))
+    values, *neighborhoods, keys = levels
+    return Features([values], keys, *neighborhoods)
 
 
 def rows_from_list(levels: Sequence[Tensor], keyed: bool) -> Rows:

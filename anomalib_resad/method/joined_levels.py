@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""The default model's patch features: all levels on one grid, and short keys to match them by.
+"""The default model's patch features: all levels on one grid, short keys to match them by, and neighborhoods.
 
 Inside, positions come before channels, ``(B, H, W, C)``: that is how rows of a bank lie, and lengths are summed along
 memory. What is returned is a view in PyTorch's order.
@@ -12,7 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_resad.enrollment.neighborhoods import SIDE, STEP
 from anomalib_resad.method.features import Features
+
+
+def neighborhoods_of(keys: Tensor) -> Tensor:
+    """Mean keys of neighborhoods, which see what single patches miss: where normal patches lie that belong elsewhere.
+
+    Args:
+        keys (Tensor): Shape ``(B, K, H, W)``.
+
+    Returns:
+        Tensor: Of unit length, shape ``(B, K, H / 2 - 1, W / 2 - 1)``, and at least 1 a side.
+    """
+    sides = [min(SIDE, side) if isinstance(side, int) else SIDE for side in keys.shape[-2:]]  # of an export: symbols
+    means = F.avg_pool2d(keys, sides, STEP)
+    return means / torch.linalg.vector_norm(means, dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def _of_length(length: float, x: Tensor) -> Tensor:
@@ -55,8 +70,8 @@ class JoinedLevels(nn.Module):
         """Join levels of shape ``(B, C_l, H_l, W_l)``.
 
         Returns:
-            Features: One level of unit length, shape ``(B, C_1 + C_2 + ..., H_2, W_2)``, and its keys, of unit length
-                too, shape ``(B, keys, H_2, W_2)``.
+            Features: One level of unit length, shape ``(B, C_1 + C_2 + ..., H_2, W_2)``, its keys, of unit length too,
+                shape ``(B, keys, H_2, W_2)``, and their neighborhoods.
         """
         height, width = levels[min(1, len(levels) - 1)].shape[-2:]
         grid = (height, width)
@@ -68,12 +83,13 @@ class JoinedLevels(nn.Module):
         joined = torch.cat([_of_length(share, level) for level in places], dim=-1)
         keys = _of_length(1.0, joined @ self.directions.T)
         joined, keys = (rows.unflatten(1, grid).permute(0, 3, 1, 2) for rows in (joined, keys))
-        return Features([joined], keys)
+        return Features([joined], keys, neighborhoods_of(keys))
 
-    def keys_of(self, joined: Tensor) -> Tensor:
-        """Keys of levels that were joined before, shape ``(B, C, H, W)`` to ``(B, keys, H, W)``."""
+    def with_keys(self, joined: Tensor) -> Features:
+        """Features of levels that were joined before, shape ``(B, C, H, W)``."""
         places = joined.permute(0, 2, 3, 1).flatten(1, 2)
-        return _of_length(1.0, places @ self.directions.T).unflatten(1, joined.shape[-2:]).permute(0, 3, 1, 2)
+        keys = _of_length(1.0, places @ self.directions.T).unflatten(1, joined.shape[-2:]).permute(0, 3, 1, 2)
+        return Features([joined], keys, neighborhoods_of(keys))
 
     @torch.no_grad()
     def learn(self, photos: Iterable[Tensor]) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_resad.enrollment.coreset import searched
+from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.method.bank_record import BankRecord
-from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of
+from anomalib_resad.method.features import Features, Rows, as_list, rows_of
 
 Metric = Literal["l2", "cosine"]
 
@@ -107,6 +108,8 @@ def nearest(features: Tensor, rows: Tensor, metric: Metric = "l2", row_keys: Ten
     axis, size = (1, -(-STRIP // features.shape[3])) if exporting else (0, 1)
     if isinstance(features.shape[2], int):
         split = list(places.split(size, dim=axis))
+    elif row_keys is None:  # searched by themselves, as neighborhoods, of which there may be a single row
+        split = [places]
     else:  # of an export for photos of any shape: the number of strips must be known
         middle = features.shape[2] // 2
         split = [places[:, :middle], places[:, middle:]]
@@ -131,11 +134,15 @@ def nearest_of_each_level(features: Features, rows: Rows, metric: Metric) -> lis
         metric (Metric): ``"l2"`` or ``"cosine"``.
 
     Returns:
-        list[Tensor]: One map ``(B, C_l, H_l, W_l)`` per level, of the features' shapes.
+        list[Tensor]: One map ``(B, C_l, H_l, W_l)`` per level, of the features' shapes, and one of the neighborhoods,
+            if there are any.
     """
     if features.keys is None:
         return [nearest(level, values, metric) for level, values in zip(features.values, rows.values, strict=True)]
-    return [nearest(features.keys, values, metric, rows.keys) for values in rows.values]
+    matched = [nearest(features.keys, values, metric, rows.keys) for values in rows.values]
+    if features.neighborhoods is None or rows.neighborhoods is None:
+        return matched
+    return [*matched, nearest(features.neighborhoods, rows.neighborhoods, metric)]
 
 
 class ReferenceBank(DynamicBufferMixin, nn.Module):
@@ -164,7 +171,8 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         self.metric: Metric = metric
         self.keyed = key_channels > 0
         self.record = BankRecord()
-        self._channels = (*channels, key_channels) if self.keyed else tuple(channels)
+        # Of the values of each level, of their keys, and of neighborhoods, which not every estimator judges.
+        self._channels = (*channels, key_channels, key_channels) if self.keyed else tuple(channels)
         for level, count in enumerate(self._channels):
             self.register_buffer(f"rows_{level}", torch.zeros(0, count))
             self.register_buffer(f"searched_{level}", torch.zeros(0, count), persistent=False)
@@ -192,15 +200,9 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
 
     @property
     def searched(self) -> Rows:
-        """The rows that are searched, of a bank that must hold some.
-
-        Raises:
-            RuntimeError: If the bank is empty.
-        """
+        """The rows that are searched, of a bank that must hold some; errors as of :attr:`enrolled`."""
         _ = self.enrolled
-        return rows_from_list(
-            [self.get_buffer(f"searched_{level}") for level in range(len(self._channels))], self.keyed
-        )
+        return self._buffers_of("searched")
 
     @property
     def is_empty(self) -> bool:
@@ -208,7 +210,18 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         return self.get_buffer("rows_0").shape[0] == 0
 
     def _buffers_of(self, name: str) -> Rows:
-        return rows_from_list([self.get_buffer(f"{name}_{level}") for level in range(len(self._channels))], self.keyed)
+        levels = [self.get_buffer(f"{name}_{level}") for level in range(len(self._channels))]
+        if not self.keyed:
+            return Rows(levels)
+        *values, keys, neighborhoods = levels
+        return Rows(values, keys, neighborhoods if len(neighborhoods) else None)
+
+    def _keep(self, name: str, rows: Rows) -> None:
+        device = self.get_buffer("rows_0").device
+        levels = [*rows.values, *(each for each in (rows.keys, rows.neighborhoods) if each is not None)]
+        for level, channels in enumerate(self._channels):
+            values = levels[level].detach().clone() if level < len(levels) else torch.zeros(0, channels)
+            self.register_buffer(f"{name}_{level}", values.to(device), persistent=name == "rows")
 
     def fill(self, features: Features) -> None:
         """Replace the bank by the features of other reference photos, shape ``(K, C_l, H_l, W_l)`` per level.
@@ -230,39 +243,50 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         """
         levels = as_list(rows)
         shapes = [tuple(level.shape) for level in levels]
-        if tuple(shape[1] for shape in shapes) != self._channels or any(shape[0] == 0 for shape in shapes):
-            msg = f"The bank takes levels of {self._channels} channels and at least one photo, got rows {shapes}."
+        expected = self._channels[:-1] if self.keyed and rows.neighborhoods is None else self._channels
+        if tuple(shape[1] for shape in shapes) != expected or any(shape[0] == 0 for shape in shapes):
+            msg = f"The bank takes levels of {expected} channels and at least one photo, got rows {shapes}."
             raise ValueError(msg)
         if not all(torch.isfinite(level).all() for level in levels):
             msg = "The reference features hold NaN or infinity; check the backbone's weights file and the photos."
             raise ValueError(msg)
-        device = self.get_buffer("rows_0").device
-        for level, values in enumerate(levels):
-            self.register_buffer(f"rows_{level}", values.detach().clone().to(device))
+        self._keep("rows", rows)
         self.record = record
         self._choose_searched()
 
-    def thin_out(self, rows: Rows, photos: int) -> Rows:
-        """The rows that a search looks through, of those of some photos."""
+    def thin_out(self, rows: Rows, photos: int, neighborhoods: bool) -> Rows:
+        """The rows that a search looks through, of those of some photos.
+
+        Args:
+            rows (Rows): Their rows.
+            photos (int): How many they are.
+            neighborhoods (bool): Whether these are judged, all of them, since they are few; else a row of zeros stands
+                for them, which the estimator passes over.
+        """
+        around = rows.neighborhoods
+        if around is not None and not neighborhoods:
+            around = torch.zeros_like(around[:1])
+        rows = rows._replace(neighborhoods=around)
         if rows.keys is None or float(self.share) >= 1:
             return rows
         chosen = torch.from_numpy(searched(rows.keys.float().cpu().numpy(), photos, float(self.share)))
-        return rows_from_list([level[chosen.to(level.device)] for level in as_list(rows)], self.keyed)
+        chosen = chosen.to(rows.keys.device)
+        return rows._replace(values=[level[chosen] for level in rows.values], keys=rows.keys[chosen])
 
     def _choose_searched(self) -> None:
-        for level, values in enumerate(as_list(self.thin_out(self.rows, self.record.photos))):
-            self.register_buffer(f"searched_{level}", values, persistent=False)
+        record = self.record
+        neighborhoods = judges_neighborhoods(record.photos, record.rotations)
+        self._keep("searched", self.thin_out(self.rows, record.photos, neighborhoods))
 
     def forward(self, features: Features) -> list[Tensor]:
-        """Match every level of a batch against the bank, maps of the features' shapes.
-
-        Raises:
-            RuntimeError: If the bank is empty.
-        """
+        """Match each level of a batch against the bank, maps of the features' shapes; errors as of :attr:`enrolled`."""
         return nearest_of_each_level(features, self.searched, self.metric)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         state_dict.setdefault(f"{prefix}share", torch.tensor(1.0))
+        last = len(self._channels) - 1
+        if self.keyed:  # banks from before there were neighborhoods
+            state_dict.setdefault(f"{prefix}rows_{last}", torch.zeros(0, self._channels[last]))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._choose_searched()
 

@@ -21,13 +21,13 @@ class FeatureCache:
 
     Attributes:
         files (PictureFiles | None): The files; without them what there is no room for is not kept.
-        keys_of (Callable[[Tensor], Tensor] | None): Makes keys of joined levels, which files do not hold.
+        with_keys (Callable[[Tensor], Features] | None): Makes keys of joined levels, which files do not hold.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.files: PictureFiles | None = None
-        self.keys_of: Callable[[Tensor], Tensor] | None = None
+        self.with_keys: Callable[[Tensor], Features] | None = None
         self.bytes = 0
         self._kept: dict[tuple[str, bool], Picture] = {}
         self._names: dict[tuple[str, bool], str] = {}  # of what lies in files
@@ -85,13 +85,12 @@ class FeatureCache:
 
     def clear(self) -> None:
         """Free the memory, and forget the files."""
-        self.files, self.keys_of = None, None
+        self.files, self.with_keys = None, None
         self._kept.clear()
         self._names.clear()
         self.bytes, self._full = 0, False
 
     def _with_keys(self, picture: Picture) -> Picture:
-        if self.keys_of is None:
+        if self.with_keys is None:
             return picture
-        values = picture.features.values
-        return picture._replace(features=Features(values, self.keys_of(values[0])))
+        return picture._replace(features=self.with_keys(picture.features.values[0]))

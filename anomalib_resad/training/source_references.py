@@ -18,6 +18,7 @@ from anomalib_resad.enrollment.checks import is_count
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.draws import draw, key_of, seeded
 from anomalib_resad.enrollment.image_size import Size
+from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.enrollment.photos import check_photos, read_header
 from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
@@ -117,7 +118,7 @@ class SourceReferences:
         hidden, join = not trainer.is_global_zero, model.encoder.join
         kept_at_all = not augments(self._photos.dataset) and (self.cache.max_bytes or self.cache_dir is not None)
         self.cache.clear()
-        self.cache.keys_of = None if join is None else join.keys_of
+        self.cache.with_keys = None if join is None else join.with_keys
         if kept_at_all and self.cache_dir is not None:
             self.cache.files = self._files(self.cache_dir, model, pre_processor, trainer.precision)
         preparation = Preparation(self._photos, pre_processor, self._share > 0, self.seed, self.cache.files)
@@ -232,8 +233,10 @@ class SourceReferences:
                 drawn = pools.draw(path, self.k_shot, self.seed, category)
                 depth = self.bit_depth if read_header(drawn[0]).bits > 8 else "auto"
                 photos = read_references(drawn, depth).values()
-                rows, _ = reference_rows(model, pre_processor, photos, rotations, self._sizes.get(category))
+                size = self._sizes.get(category)
+                rows, orientations = reference_rows(model, pre_processor, photos, rotations, size)
+                judged = judges_neighborhoods(len(photos), orientations)
                 device = next(model.parameters()).device
-                levels = [level.to(device) for level in as_list(model.bank.thin_out(rows, len(photos)))]
+                levels = [level.to(device) for level in as_list(model.bank.thin_out(rows, len(photos), judged))]
                 self._held_out[category] = rows_from_list(levels, model.bank.keyed)
         return [self._held_out[pools.category_of[path]] for path in batch.image_path]
