@@ -14,7 +14,6 @@ from torchvision.transforms.v2.functional import to_dtype
 from anomalib_resad.enrollment.calibration import OwnScores, own_scores
 from anomalib_resad.enrollment.decoding import BitDepth
 from anomalib_resad.enrollment.image_size import Size, size_of_photos
-from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.enrollment.photos import read_pixels
 from anomalib_resad.enrollment.rotations import Rotations, enrolled_rows, kept_rows
 from anomalib_resad.method.backbone import coarsest_stride
@@ -146,8 +145,7 @@ def _score_one(
     ]
     others = [torch.cat([*parts[:index], *parts[index + 1 :]]) for parts in split]
     keyed = model.bank.keyed
-    record = model.bank.record
-    neighborhoods = judges_neighborhoods(record.photos, record.rotations)
+    neighborhoods = model.bank.record.judges_neighborhoods
     searched = model.bank.thin_out(rows_from_list(others, keyed), len(split[0]) - 1, neighborhoods)
     found = model.detect(from_list(own, keyed), searched, image_size)
     assert found.pred_score is not None

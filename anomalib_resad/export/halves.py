@@ -185,11 +185,9 @@ def _trace(model: ResAD) -> tuple[ExportedProgram, ExportedProgram, tuple[Level,
         grids = [{0: batch} for _ in features]
         detector = Detector(model, None if is_open else size, size[0] // features[0].shape[2])
         if is_open:
-            sides_of = size, stride, strides
-            keyed = detector.model.bank.keyed and has_neighborhoods(features)
+            around = NEIGHBORHOODS if detector.model.bank.keyed and has_neighborhoods(features) else None
             grids = [
-                {0: batch}
-                | (_open_neighborhoods() if keyed and number == NEIGHBORHOODS else _open_grid(level, *sides_of))
+                {0: batch, **(_open_neighborhoods() if number == around else _open_grid(level, size, stride, strides))}
                 for number, level in enumerate(features)
             ]
         traced_detector = torch.export.export(detector, (features, rows), dynamic_shapes=(grids, counts))

@@ -5,6 +5,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
+
 
 @dataclass(frozen=True)
 class BankRecord:
@@ -39,6 +41,11 @@ class BankRecord:
     def names(self) -> str:
         """Names of the photos, for messages."""
         return ", ".join(name for name, _ in self.files)
+
+    @property
+    def judges_neighborhoods(self) -> bool:
+        """Whether neighborhoods of these photos are judged beside patches."""
+        return judges_neighborhoods(self.photos, self.rotations)
 
     @classmethod
     def from_plain(cls, state: dict[str, Any]) -> "BankRecord":

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_resad.enrollment.coreset import searched
-from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Features, Rows, as_list, rows_of
 
@@ -275,8 +274,7 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
 
     def _choose_searched(self) -> None:
         record = self.record
-        neighborhoods = judges_neighborhoods(record.photos, record.rotations)
-        self._keep("searched", self.thin_out(self.rows, record.photos, neighborhoods))
+        self._keep("searched", self.thin_out(self.rows, record.photos, record.judges_neighborhoods))
 
     def forward(self, features: Features) -> list[Tensor]:
         """Match each level of a batch against the bank, maps of the features' shapes; errors as of :attr:`enrolled`."""
