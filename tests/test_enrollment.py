@@ -72,7 +72,8 @@ def test_only_products_that_are_rotated_are_rotated() -> None:
     assert not are_rotated([same, same], [[same] * 4] * 2), "copies of one photo say nothing"
 
 
-def test_only_two_photos_are_rotated_to_find_out() -> None:
+@pytest.mark.parametrize(("count", "looked_at"), [(1, 0), (2, 2), (3, 2), (4, 4), (5, 4)])
+def test_few_photos_are_rotated_to_find_out(count: int, looked_at: int) -> None:
     seen = 0
 
     def encode(pixels: np.ndarray) -> list[np.ndarray]:
@@ -80,10 +81,22 @@ def test_only_two_photos_are_rotated_to_find_out() -> None:
         seen += 1
         return patches(pixels)
 
-    photos = [part(0) + np.uint8(number) for number in range(5)]
+    photos = [part(0) + np.uint8(number) for number in range(count)]
     _, orientations = enrolled_rows(photos, encode, True)
     assert orientations == 1
-    assert seen == 5 + 2 * 3
+    assert seen == count + looked_at * 3
+
+
+def test_each_pair_of_photos_has_a_say() -> None:
+    """Distances are those of unit vectors: patches of all photos lie 1 apart, and rotating a pair brings them to 0."""
+    photos = [np.eye(5, dtype=np.float32)[[number]] for number in range(4)]
+    as_they_are, near = [np.eye(5, dtype=np.float32)[[4]]] * 2, np.eye(5, dtype=np.float32)
+    assert not are_rotated(photos, [as_they_are] * 4)
+    assert not are_rotated(photos, [as_they_are] * 2), "the first pair alone"
+    assert are_rotated(photos, [as_they_are, as_they_are, [as_they_are[0], near], [as_they_are[0], near]])
+    # 1 of 4 photos is brought near by one pair of two: 7 of 8 distances stay, more than 85 %.
+    assert not are_rotated(photos, [as_they_are, as_they_are, [as_they_are[0], near[[0]]], as_they_are])
+    assert are_rotated(photos, [[as_they_are[0], near[[3]]], as_they_are, [as_they_are[0], near[[0]]], as_they_are])
 
 
 @pytest.mark.parametrize("keyed", [True, False])

@@ -14,8 +14,9 @@ from anomalib_resad import ResAD, ResADModel
 from anomalib_resad.deploy.bank import SEARCHED_NEIGHBORHOODS, BankError
 from anomalib_resad.deploy.bank_reading import check_bank
 from anomalib_resad.deploy.inferencer import ResADInferencer
-from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
-from anomalib_resad.export.edge_bundle import export_bundle
+from anomalib_resad.enrollment.neighborhoods import FEWEST_PHOTOS, judges_neighborhoods
+from anomalib_resad.export.edge_bundle import export_bundle, load_model
+from anomalib_resad.export.parity import TorchReference
 from anomalib_resad.method.bank_record import BankRecord
 from anomalib_resad.method.features import Features, rows_of
 from anomalib_resad.method.head import EvidenceHead
@@ -69,27 +70,27 @@ def test_photos_smaller_than_a_neighborhood(size: tuple[int, int]) -> None:
 
 def test_what_patches_do_not_show(model: ResADModel) -> None:
     """The same patches in another arrangement: nearest references are equal, neighborhoods are not."""
-    images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        good = model.encode(images)
-    fill(model, good, 2, 1)
+        good = model.encode(torch.randn(FEWEST_PHOTOS, 3, 64, 96))
+    fill(model, good, FEWEST_PHOTOS, 1)
     order = torch.randperm(8 * 12)
     values, keys = (level[:1].flatten(2)[..., order].unflatten(2, (8, 12)) for level in (good.values[0], good.keys))
     mixed = Features([values], keys, neighborhoods_of(keys))
     assert maps(model, mixed).mean() > maps(model, good.photo(0)).mean() + 1
-    fill(model, good, 2, 8)
+    fill(model, good, FEWEST_PHOTOS, 8)
     torch.testing.assert_close(maps(model, mixed).mean(), maps(model, good.photo(0)).mean(), rtol=0, atol=0.5)
 
 
 def test_evidence_by_hand(model: ResADModel) -> None:
     """The squared distance to the nearest neighborhood, interpolated, its logarithm in units of the source's."""
     with torch.no_grad():
-        good, photo = model.encode(torch.randn(2, 3, 64, 96)), model.encode(torch.randn(1, 3, 64, 96))
+        good = model.encode(torch.randn(FEWEST_PHOTOS, 3, 64, 96))
+        photo = model.encode(torch.randn(1, 3, 64, 96))
     head, around = head_of(model), photo.neighborhoods
     assert around is not None
     assert good.neighborhoods is not None
     head.variance[-1] = 4.0
-    fill(model, good, 2, 1)
+    fill(model, good, FEWEST_PHOTOS, 1)
     found = maps(model, photo)
     head.weights[-1] = 0
     without = maps(model, photo)
@@ -101,8 +102,8 @@ def test_evidence_by_hand(model: ResADModel) -> None:
     torch.testing.assert_close(found - without, expected, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize(("photos", "rotations"), [(1, 1), (2, 8), (1, 8)])
-def test_rotated_products_and_single_photos_are_judged_by_patches_alone(
+@pytest.mark.parametrize(("photos", "rotations"), [(1, 1), (3, 1), (4, 8), (1, 8)])
+def test_rotated_products_and_few_photos_are_judged_by_patches_alone(
     model: ResADModel, photos: int, rotations: int
 ) -> None:
     """As if each neighborhood were as far away as usual, whatever is in the bank."""
@@ -115,6 +116,29 @@ def test_rotated_products_and_single_photos_are_judged_by_patches_alone(
     assert torch.equal(maps(model, photo), found)
     head_of(model).weights[-1] = 0
     torch.testing.assert_close(maps(model, photo), found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("photos", "neighborhoods"), [(3, 1), (4, 4 * 9)])
+def test_numbers_of_evaluation_on_the_edge(
+    trained_default: Path,
+    bundle_default: Path,
+    good: list[Path],
+    new: list[Path],
+    photos: int,
+    neighborhoods: int,
+    tmp_path: Path,
+) -> None:
+    """Where neighborhoods are judged and where they are not: then one row of zeros stands for them."""
+    model = load_model(trained_default)
+    model.hparams["rotations"] = 1
+    evaluation = TorchReference(model, good[:photos])
+    inferencer = ResADInferencer(bundle_default, banks=tmp_path, threads=1)
+    inferencer.enroll("tiles", good[:photos], rotations=1)
+    assert len(np.unique(inferencer.searched("tiles")[1], axis=0)) == neighborhoods
+    for photo in new:
+        theirs, ours = inferencer.predict(photo, "tiles"), evaluation.predict(photo)
+        assert theirs.raw_score == pytest.approx(ours.raw_score, rel=1e-4)
+        np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
 
 
 def test_heads_of_before_judge_patches_alone(model: ResADModel) -> None:

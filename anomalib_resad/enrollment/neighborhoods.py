@@ -9,6 +9,8 @@ import numpy as np
 SIDE, STEP = 4, 2  # sides and distance of neighborhoods, in patches: they overlap by half
 NEIGHBORHOODS = 1  # where they lie among the levels of a keyed model that has them: values, neighborhoods, keys
 PATCHES_PER_NEIGHBORHOOD = 4  # about, of a photo; where patches are thinned out to a number, neighborhoods likewise
+# Photos from which neighborhoods are judged. Two pairs tell then whether all are rotated; a single pair errs too often.
+FEWEST_PHOTOS = 4
 
 
 def neighborhoods_along(patches: int) -> int:
@@ -28,13 +30,13 @@ def judges_neighborhoods(photos: int, rotations: int) -> bool:
     """Whether neighborhoods of a product are judged beside its patches.
 
     They recur in products that lie alike. In those that are rotated to each other each arrangement is another one, and
-    a single photo does not tell which they are (benchmarks/experiments.md).
+    few photos do not tell which they are (benchmarks/experiments.md).
 
     Args:
         photos (int): Good photos of the product.
         rotations (int): Their orientations.
     """
-    return photos > 1 and rotations == 1
+    return photos >= FEWEST_PHOTOS and rotations == 1
 
 
 def has_neighborhoods(rows: Sequence[object]) -> bool:

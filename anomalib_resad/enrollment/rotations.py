@@ -22,7 +22,9 @@ ORIENTATIONS = 8
 # nearer: with four or eight photos to 83-98 % for products that all lie the same way, to 66-88 % for rotated ones
 # (benchmarks/experiments.md).
 ROTATED = 0.85
-LOOKED_AT = 2  # photos that are rotated to find out: as good as all of them, at a fraction of the time
+# Photos that are rotated to find out, two at a time. A single pair may happen to lie alike, and many photos at a time
+# hide it: the more there are as they are, the less is gained by rotated ones.
+LOOKED_AT = 4
 COMPARED = 196  # about as many patches of each photo are compared with them
 # A photo is rotated inside a square of its diagonal. Longer ones are made smaller first, which bounds time and memory.
 LONGEST_DIAGONAL = 3000
@@ -84,7 +86,8 @@ def enrolled_rows(
 
     Args:
         photos (Collection[np.ndarray]): uint8, shape ``(H, W, 3)`` each. They are gone through up to twice, and one is
-            held at a time. The first two decide whether all are rotated; `read_references` orders them by content.
+            held at a time. The first two, or four, decide whether all are rotated; `read_references` orders them by
+            content.
         encode (Callable[[np.ndarray], Rows]): Rows of a photo's patches, shape ``(N_l, C_l)`` per level. The last level
             decides whether photos are rotated to each other.
         keyed (bool): Whether the last level holds the keys of the others, so that the same patches are kept in every
@@ -99,7 +102,7 @@ def enrolled_rows(
         ValueError: If ``rotations`` is impossible.
     """
     check_rotations(rotations)
-    looked_at = LOOKED_AT if rotations == "auto" and len(photos) > 1 else 0
+    looked_at = min(len(photos), LOOKED_AT) // 2 * 2 if rotations == "auto" else 0
     views = []
     for number, pixels in enumerate(photos):
         views.append({0.0: encode(pixels)})
@@ -124,19 +127,19 @@ def kept_rows(patches: int, rotations: int) -> int:
 
 
 def are_rotated(photos: Sequence[np.ndarray], copies: Sequence[Sequence[np.ndarray]]) -> bool:
-    """Whether photos are clearly nearer to the first of them once these may be rotated.
+    """Whether photos are clearly nearer to pairs of the first of them once these may be rotated.
 
     Args:
         photos (Sequence[np.ndarray]): Rows of each photo, shape ``(N, C)``.
-        copies (Sequence[Sequence[np.ndarray]]): Of the first photos, two or more, rows of the photo and of its rotated
-            copies, shape ``(N, C)`` each.
+        copies (Sequence[Sequence[np.ndarray]]): Of an even number of the first photos, rows of the photo and of its
+            rotated copies, shape ``(N, C)`` each.
     """
-    known = [[_unit(rows) for rows in each] for each in copies]
+    compared = [_unit(rows[:: max(1, len(rows) // COMPARED)]) for rows in photos]
     plain = free = 0.0
-    for number, rows in enumerate(photos):
-        own = _unit(rows[:: max(1, len(rows) // COMPARED)])
-        others = [each for index, each in enumerate(known) if index != number]
-        if others:
+    for first in range(0, len(copies), 2):
+        pair = {index: [_unit(rows) for rows in copies[index]] for index in (first, first + 1)}
+        for number, own in enumerate(compared):
+            others = [each for index, each in pair.items() if index != number]
             as_they_are = np.max([(own @ each[0].T).max(axis=1) for each in others], axis=0)
             any_way = np.max([(own @ copy.T).max(axis=1) for each in others for copy in each], axis=0)
             plain, free = plain + float((1 - as_they_are).sum()), free + float((1 - any_way).sum())
