@@ -82,7 +82,7 @@ def run(
         inferencer = ResADInferencer(export_ready(backbone, Path(name) / "bundle", weights), threads=1)
         products = [(each, True) for each in sorted(data.iterdir()) if (each / "train" / "good").is_dir()]
         for seed in seeds:
-            products += [(make_product(Path(name) / "drawn", family, seed), False) for family in FAMILIES]
+            products += [(make_product(Path(name) / "drawn", *family, seed), False) for family in FAMILIES.items()]
         versions = backbone, version("anomalib-resad"), version("openvino")
         rows = [(*row, *versions) for product in products for row in _measured(inferencer, *product)]
     output.parent.mkdir(parents=True, exist_ok=True)

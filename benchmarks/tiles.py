@@ -25,7 +25,7 @@ from anomalib_resad.deploy.pictures import resized
 from anomalib_resad.deploy.tiles import starts
 from anomalib_resad.enrollment.photos import list_photos, read_pixels
 from anomalib_resad.export.ready_bundle import export_ready
-from benchmarks.sources.drawn import make_product
+from benchmarks.sources.drawn import FAMILIES, make_product
 
 TRAY = (6, 8)  # rows and columns of parts
 PART = (500, 512)
@@ -157,7 +157,7 @@ def run(
     rows: list[list[object]] = []
     with TemporaryDirectory() as name:
         inferencer = ResADInferencer(export_ready(backbone, Path(name) / "bundle", weights), threads=1)
-        parts = make_product(Path(name), family, 1, size=PART[1])
+        parts = make_product(Path(name), family, FAMILIES[family], 1, size=PART[1])
         good = [read_pixels(path) for path in list_photos(screws / "train" / "good")[:SHOTS]]
         sources = (
             ("tray_4096x3000", *trays(parts, 2 * each), 1, (0.0, 8.0, 4.0)),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draw source products: ``python -m benchmarks.sources --output DIR --products 60 --seed 0``."""
+"""Draw source products: ``python -m benchmarks.sources --output DIR --products 60 --first_seed 0``."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from jsonargparse import auto_cli
 from rich.progress import track
 
 from benchmarks.sources.drawn import FAMILIES, make_product
+from benchmarks.sources.pictures import list_surfaces, surface_of
 
 
 def main(
@@ -18,6 +19,7 @@ def main(
     good: int = 8,
     defective: int = 24,
     size: int = 256,
+    pictures: Path | None = None,
 ) -> None:
     """Draw products, each from a seed of its own, family after family, in the layout of MVTec AD.
 
@@ -29,11 +31,14 @@ def main(
         good: Good test photos.
         defective: Defective test photos, over several kinds of defects.
         size: Side of the photos in pixels.
+        pictures: Folder of pictures of surfaces; each becomes a product too, with seeds after those of the drawn ones.
     """
-    families = list(FAMILIES)
-    for seed in track(range(first_seed, first_seed + products), "Drawing products"):
-        family = families[seed % len(families)]
-        make_product(output, family, seed, train=train, good=good, defective=defective, size=size)
+    families = list(FAMILIES.items())
+    designs = [(*families[seed % len(families)], seed) for seed in range(first_seed, first_seed + products)]
+    for seed, path in enumerate(list_surfaces(pictures) if pictures else [], first_seed + products):
+        designs.append(("picture", surface_of(path), seed))
+    for name, design_of, seed in track(designs, "Drawing products"):
+        make_product(output, name, design_of, seed, train=train, good=good, defective=defective, size=size)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,8 @@ def _write(path: Path, pixels: np.ndarray) -> None:
 
 def make_product(
     root: Path | os.PathLike[str],
-    family: str,
+    name: str,
+    design_of: Callable[[Rng], Product],
     seed: int,
     *,
     train: int = 24,
@@ -107,7 +108,8 @@ def make_product(
 
     Args:
         root (Path | os.PathLike[str]): Folder of all products.
-        family (str): One of :data:`FAMILIES`.
+        name (str): What the product shows; its folder is ``<name>_<seed>``.
+        design_of (Callable[[Rng], Product]): Chooses the design, as those of :data:`FAMILIES` do.
         seed (int): Seed of the design, its photos and its defects.
         train (int): Good training photos.
         good (int): Good test photos.
@@ -115,11 +117,11 @@ def make_product(
         size (int): Side of the photos in pixels.
 
     Returns:
-        Path: The folder of the product, ``<family>_<seed>``.
+        Path: The folder of the product.
     """
-    folder = Path(root) / f"{family}_{seed:04d}"
+    folder = Path(root) / f"{name}_{seed:04d}"
     design = np.random.default_rng([seed, 0])
-    product, camera = FAMILIES[family](design), _camera(design)
+    product, camera = design_of(design), _camera(design)
     kinds = design.choice(list(DEFECTS), int(design.integers(KINDS[0], KINDS[1] + 1)), replace=False)
     numbers = {("train", "good"): train, ("test", "good"): good}
     numbers |= {("test", str(kind)): len(range(index, defective, len(kinds))) for index, kind in enumerate(kinds)}
