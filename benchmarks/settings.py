@@ -27,7 +27,7 @@ def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) 
         weights (Path | None): Backbone file or ``pypi``, recorded by name and content.
 
     Raises:
-        ValueError: If the folder holds cells of other settings.
+        ValueError: If the folder holds cells of other settings, or the baseline is none of the methods.
     """
     settings = settings | {
         "weights": weights.name if weights else ("timm" if settings["pre_trained"] else "untrained"),
@@ -52,5 +52,8 @@ def keep_settings(output: Path, settings: dict[str, Any], weights: Path | None) 
             )
             raise ValueError(msg)
         settings["methods"] = kept["methods"] | settings["methods"]
+    if "baseline" in settings and settings["baseline"] not in settings["methods"]:
+        msg = f"baseline={settings['baseline']!r} must be among the methods: {list(settings['methods'])}."
+        raise ValueError(msg)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())

@@ -35,6 +35,10 @@ CONDITIONS = {  # and what their levels are
 COSTS = ("latency_ms", "backbone_ms", "fit_seconds", "bank_bytes", "peak_bytes")
 OTHERS = ("method", "dataset", "category", "shots", "draw", "condition", "level", "status", "error", "references")
 COLUMNS = (*OTHERS, *METRICS, *COSTS, "test_images", "seconds")
+PAIRED = (
+    *("method", "baseline", "shots", "metric", "difference", "low", "high"),
+    *("categories", "pairs", "expected_pairs", "complete"),
+)
 REQUIRED = ("methods", "baseline", "categories", "shots", "draws", "gallery_shots")
 COUNTED = {"image_AUROC": "categories", "pixel_AUROC": "masked_categories"}
 MEAN = "mean"  # stands in the category column of the rows that are means over categories
@@ -261,7 +265,7 @@ def pair(board: Board) -> pd.DataFrame:
             row |= {"difference": means.mean(), "low": low, "high": high, "categories": len(means)}
             pairs = int(difference.notna().sum().sum())
             rows.append(row | {"pairs": pairs, "expected_pairs": expected, "complete": pairs >= expected})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(PAIRED))  # which are there without rows, too, if there is one method
 
 
 def robustness(board: Board) -> pd.DataFrame:

@@ -130,6 +130,9 @@ def test_other_settings_are_refused_and_more_cells_are_not(tmp_path: Path) -> No
         keep_settings(tmp_path, settings | {"backbone": "resnet34"}, None)
     with pytest.raises(ValueError, match=r"methods\.a"):
         keep_settings(tmp_path, settings | {"methods": {"a": {"class_path": "z"}}}, None)
+    with pytest.raises(ValueError, match=r"baseline='c' must be among the methods: \['a', 'b'\]"):
+        keep_settings(tmp_path, settings | {"baseline": "c"}, None)
+    keep_settings(tmp_path, settings | {"baseline": "b"}, None)
 
 
 def test_settings_that_cannot_be_written_leave_no_part_behind(tmp_path: Path) -> None:

@@ -180,6 +180,13 @@ def test_torn_and_repeated_lines(tmp_path: Path) -> None:
     assert rows_of(summarize(board), method=NEW, category="mean")["image_AUROC"] == pytest.approx(0.74)
 
 
+def test_one_method_is_compared_with_none(tmp_path: Path) -> None:
+    own = [each for each in cells() if each["method"] == BASE]
+    write_report(write_folder(tmp_path, own, methods={BASE: {}}, conditions={}))
+    assert "| pill | 75.0" in (tmp_path / "leaderboard.md").read_text()
+    assert pd.read_csv(tmp_path / "paired.csv").empty
+
+
 def test_errors_name_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"cells\.jsonl is not there"):
         write_report(tmp_path)
