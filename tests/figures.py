@@ -7,7 +7,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+import pandas as pd
+
+from benchmarks.summary import interval
 
 
 def records(path: Path) -> list[dict[str, str]]:
@@ -32,6 +37,28 @@ def points_above(path: Path, cells: list[str], column: str) -> list[float]:
         for name in ("ResAD", cells[0])
     ]
     return [100 * (float(means[0]) - float(means[1]))]
+
+
+def points_by_product(path: Path, cells: list[str], column: str) -> list[float]:
+    """Mean over the products, its interval, and the worst product."""
+    metric, shots = cells[1].replace(" ", "_"), number_of(column)
+    rows = [row for row in records(path) if row["shots"] == shots and row["category"] != "mean" and row[metric]]
+    ours, theirs = (
+        {row["category"]: 100 * float(row[metric]) for row in rows if row["method"] == name}
+        for name in ("ResAD", cells[0])
+    )
+    above = [ours[product] - theirs[product] for product in ours]
+    return [mean(above), *interval(pd.Series(above)), min(above)]
+
+
+def by_training(path: Path, cells: list[str], column: str) -> list[float]:
+    """Image and pixel AUROC: means over the products of their means over the draws, or how far products lie apart."""
+    table = pd.read_csv(path)
+    metrics = ["image_AUROC", "pixel_AUROC"]
+    means = 100 * table[table["backbone"] == cells[0].strip("`")].groupby(["seed", "category"])[metrics].mean()
+    if "apart" in column:
+        return [float(each) for each in (means.loc[1] - means.loc[0]).abs().max()]
+    return [float(each) for each in means.loc[int(number_of(column))].mean()]
 
 
 def time_over_backbone(path: Path, cells: list[str], column: str) -> list[float]:
@@ -169,7 +196,8 @@ SHARES = {
 def thresholds_of_a_ready_head(path: Path, cells: list[str], column: str) -> list[float]:
     photos, _, target = cells[0].partition(",")
     row = the(records(path), shots=photos, rule="calibrated", rate=f"{int(number_of(target)) / 100:.4f}")
-    return [100 * float(row[SHARES[column]])]
+    share = row[SHARES[column]]
+    return [100 * float(share)] if share else []  # of no photos
 
 
 def by_tile_scale(path: Path, cells: list[str], column: str) -> list[float]:
@@ -249,6 +277,8 @@ OF_TILES = {
 }
 EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
+    "points of ResAD above, by product": points_by_product,
+    "by training": by_training,
     "time over the backbone": time_over_backbone,
     "false alarms / found / F1": rule_of_threshold,
     "thresholds of a ready head": thresholds_of_a_ready_head,
