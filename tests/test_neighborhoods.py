@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import openvino as ov
 import pytest
 import torch
+from openvino import opset13 as op
 from torch import Tensor, nn
 
 from anomalib_resad import ResAD, ResADModel
 from anomalib_resad.deploy.bank import SEARCHED_NEIGHBORHOODS, BankError
 from anomalib_resad.deploy.bank_reading import check_bank
 from anomalib_resad.deploy.inferencer import ResADInferencer
+from anomalib_resad.deploy.plain_operations import REPLACEMENTS
 from anomalib_resad.enrollment.neighborhoods import FEWEST_PHOTOS, judges_neighborhoods
 from anomalib_resad.export.edge_bundle import export_bundle, load_model
 from anomalib_resad.export.parity import TorchReference
@@ -66,6 +69,21 @@ def test_means_of_overlapping_windows() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (3, 4)])
 def test_photos_smaller_than_a_neighborhood(size: tuple[int, int]) -> None:
     assert neighborhoods_of(unit(1, 3, *size)).shape[-2:] == (1, 1)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (9, 12), (5, 4)])
+def test_means_without_a_pooling(size: tuple[int, int]) -> None:
+    """As exports compute them."""
+    keys = np.random.default_rng(0).normal(size=(2, 3, *size)).astype(np.float32)
+    photos = op.parameter([-1, 3, -1, -1], np.float32)
+    pooled = op.avg_pool(photos, [2, 2], [0, 0], [0, 0], [4, 4], exclude_pad=True)
+    plain = REPLACEMENTS["AvgPool"](pooled)
+    assert plain is not None
+    model = ov.Core().compile_model(
+        ov.Model([pooled, plain], [photos], "means"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    expected, found = model(keys).values()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_what_patches_do_not_show(model: ResADModel) -> None:

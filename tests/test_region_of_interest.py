@@ -230,7 +230,7 @@ def test_banks_with_a_region_are_checked(model: ResADInferencer, good: list[Path
 def test_a_baked_file_has_the_region(
     model: ResADInferencer, good: list[Path], new: list[Path], tmp_path: Path, pixels: str
 ) -> None:
-    model.enroll("tiles", good[:3], rotations=1, region=CORNERS)
+    model.enroll("tiles", good[:4], rotations=1, region=CORNERS)
     path = bake(model.bundle, "tiles", tmp_path / "tiles", model.banks, pixels)  # type: ignore[arg-type]
     compiled = ov.Core().compile_model(path, "CPU")
     large = np.asarray(Image.fromarray(read_pixels(new[1])).resize((201, 199)))

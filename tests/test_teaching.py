@@ -155,7 +155,7 @@ def test_a_baked_file_knows_what_was_taught(
     enrolled: ResADInferencer, good: list[Path], new: list[Path], missed: list[Path], tmp_path: Path, like: str,
     region: str | None,
 ) -> None:  # fmt: skip
-    enrolled.enroll("tiles", good[:3], rotations=1, region=region, replace_existing=True)
+    enrolled.enroll("tiles", good[:4], rotations=1, region=region, replace_existing=True)
     for path in missed:
         enrolled.teach("tiles", path, box=BOX)
     pixels, color = like.split()

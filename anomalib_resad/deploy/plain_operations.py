@@ -10,6 +10,7 @@ from openvino import opset1 as old
 from openvino import opset13 as op
 from openvino.utils.node_factory import NodeFactory
 
+END = int(np.iinfo(np.int64).max)  # of an axis, however long it is
 SMALLEST_WIDTH = 1e-20  # of a range of scores whose inverse float32 can multiply by
 
 
@@ -100,6 +101,24 @@ def _plain_max_pool(node: Node) -> Node | None:
     )
 
 
+def _part(value: Output, axis: int, start: int, stop: int, step: int = 1) -> Node:
+    """Every ``step``-th place along an axis."""
+    return op.slice(value, *(op.constant([each]) for each in (start, stop, step, axis)))
+
+
+def _sum_of_pairs(node: Node) -> Node | None:
+    """For the mean of 4 x 4 places, 2 apart: the plugin drops the mark of a pooling that follows a transposition."""
+    now = node.get_attributes()
+    windows = [list(now[each]) for each in ("kernel", "strides", "pads_begin", "pads_end")]
+    if windows != [[4, 4], [2, 2], [0, 0], [0, 0]] or now["rounding_type"] != "floor":
+        return None
+    total = node.input_value(0)
+    for axis in (2, 3):
+        pairs = op.add(_part(total, axis, 0, -1, 2), _part(total, axis, 1, END, 2)).output(0)
+        total = op.add(_part(pairs, axis, 0, -1), _part(pairs, axis, 1, END)).output(0)
+    return op.multiply(total, _scalar(1 / 16, node))
+
+
 def _earlier_interpolate(node: Node) -> Node | None:
     now = node.get_attributes()
     if node.get_type_info().version_id == "opset4" or now["shape_calculation_mode"] != "sizes":
@@ -172,6 +191,7 @@ REPLACEMENTS: dict[str, Callable[[Node], Node | None]] = {
     "Subtract": _add_negative,
     "Divide": _divide,
     "Power": _multiply_by_itself,
+    "AvgPool": _sum_of_pairs,
     "MaxPool": _plain_max_pool,
     "MatMul": _product,
     "Interpolate": _earlier_interpolate,
