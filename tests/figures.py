@@ -61,6 +61,17 @@ def by_training(path: Path, cells: list[str], column: str) -> list[float]:
     return [float(each) for each in means.loc[int(number_of(column))].mean()]
 
 
+READY = {"ResNet-18": "ready_resnet18", "EfficientNet-Lite2": "ready_lite2", "MobileNetV2": "ready_mobilenetv2"}
+
+
+def cells_below(path: Path, cells: list[str], column: str) -> list[float]:
+    """In how many cells of a product ResAD is below its own distance, in image and in pixel AUROC."""
+    table = pd.read_csv(path.parents[1] / READY[column] / path.name)
+    table = table[(table["category"] == cells[0]) & (table["status"] == "ok")].set_index(["shots", "draw"])
+    ours, theirs = (table[table["method"] == name] for name in ("ResAD", "its distance"))
+    return [float((ours[metric] < theirs[metric]).sum()) for metric in ("image_AUROC", "pixel_AUROC")]
+
+
 def time_over_backbone(path: Path, cells: list[str], column: str) -> list[float]:
     row = the(records(path), method=re.escape(cells[0]), shots=number_of(column), category="mean")
     return [float(row["latency_ratio"])]
@@ -279,6 +290,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above": points_above,
     "points of ResAD above, by product": points_by_product,
     "by training": by_training,
+    "cells below its distance": cells_below,
     "time over the backbone": time_over_backbone,
     "false alarms / found / F1": rule_of_threshold,
     "thresholds of a ready head": thresholds_of_a_ready_head,
