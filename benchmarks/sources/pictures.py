@@ -56,9 +56,9 @@ def surface_of(path: Path) -> Callable[[Rng], Product]:
     Args:
         path (Path): The picture.
     """
-    pixels = read_pixels(path)[..., ::-1].astype(np.float32) / 255  # OpenCV writes blue first
 
-    def design_of(design: Rng) -> Product:
+    def design_of(design: Rng) -> Product:  # reads the picture now: not all of them at once
+        pixels = read_pixels(path)[..., ::-1].astype(np.float32) / 255  # OpenCV writes blue first
         side = int(design.uniform(*PART) * min(pixels.shape[:2]))
 
         def draw(rng: Rng, size: int) -> Drawing:
