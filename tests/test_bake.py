@@ -23,7 +23,7 @@ from tests.test_export import precisions
 
 @pytest.fixture(scope="module")
 def enrolled(bundle_default: Path, good: list[Path], tmp_path_factory: pytest.TempPathFactory) -> ResADInferencer:
-    """Of four photos, so that neighborhoods are judged too; where they are not, their precision changes nothing."""
+    """Of four photos, so that neighborhoods are judged too."""
     inferencer = ResADInferencer(bundle_default, banks=tmp_path_factory.mktemp("banks"))
     inferencer.enroll("tiles", good[:4])
     return inferencer
