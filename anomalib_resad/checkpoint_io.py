@@ -30,10 +30,10 @@ WHAT = "trained ResAD"
 CHECKSUM = "resad_sha256"  # its place in a checkpoint; checkpoints of 0.1.0 have none
 # Constructor arguments without a default value that every method has had in every version.
 REQUIRED = ("backbone", "layers", "match", "sigma", "image_size")
-# In the post-processor: threshold, least and largest value of scores and of maps; what belongs to a product, a spread.
+# In the post-processor: threshold, least and largest value of scores and of maps; what belongs to a product, spreads.
 IMAGE_SCALE = ("_image_threshold", "image_min", "image_max")
 PIXEL_SCALE = ("_pixel_threshold", "pixel_min", "pixel_max")
-OF_GOOD = ("product_threshold", "map_offset", "spread")
+OF_GOOD = ("product_threshold", "map_offset", "spread", "patch_spread")
 
 
 def checksum(checkpoint: Mapping[str, Any]) -> str:

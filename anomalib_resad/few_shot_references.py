@@ -160,7 +160,7 @@ class FewShotReferences(Callback):
         if not isinstance(post_processor, RankKeepingPostProcessor):
             return
         own = leave_one_out(model, pl_module.pre_processor)
-        post_processor.calibrate(own, rate)
+        post_processor.calibrate(own, rate, model.bank.record.judges_neighborhoods)
         if not own.scores:  # of one photo, for which the post-processor says why there is no threshold
             return
         listed = ", ".join(f"{score:.3g}" for score in own.scores)

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
-"""ResAD (NeurIPS 2024, arXiv 2410.20047) and ResAD++ (IJCV 2026, arXiv 2509.23741) as an anomalib model.
-
-Without ``checkpoint`` it trains on :class:`~anomalib_resad.CrossCategory` or one category; with one it only enrolls.
-"""
+"""ResAD (NeurIPS 2024, arXiv 2410.20047) and ResAD++ (IJCV 2026, arXiv 2509.23741) as an anomalib model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -240,12 +237,14 @@ class ResAD(AnomalibModule):
 
     def validation_step(self, batch: ImageBatch, *_: Any, **__: Any) -> STEP_OUTPUT:  # noqa: ANN401
         """Score held-out source images against references of their category, other images against the bank."""
-        image = torch.as_tensor(batch.image)
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if not validates_on_source(datamodule):
-            return batch.update(**self.model(image)._asdict())
-        rows = self.source.held_out(batch, datamodule, self.model, self.pre_processor, self.hparams["rotations"])
-        return batch.update(**self.model.detect_each(self.model.encode(image), rows, image.shape[-2:])._asdict())
+            return batch.update(**self.model(torch.as_tensor(batch.image))._asdict())
+        how = datamodule, self.model, self.pre_processor, self.hparams["rotations"]
+        found, by_patches = self.source.score_held_out(batch, *how)
+        if isinstance(self.post_processor, RankKeepingPostProcessor):
+            self.post_processor.keep_patch_scores(by_patches)
+        return batch.update(**found._asdict())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave folders out, which may be gone when it is restored: the bank of the references is saved."""

@@ -39,6 +39,8 @@ class RankKeepingPostProcessor(PostProcessor):
         product_threshold (Tensor): Raw threshold of the enrolled product's scores; NaN for the source's.
         map_offset (Tensor): How much higher that is than the threshold of its maps; NaN if unknown.
         spread (Tensor): Standard deviation of good images' raw scores within the source categories; NaN if unknown.
+        patch_spread (Tensor): The same where single patches are judged alone, without their neighborhoods; NaN if
+            unknown, or if the model judges no neighborhoods.
     """
 
     # Set by a model that has nothing left to train.
@@ -49,13 +51,16 @@ class RankKeepingPostProcessor(PostProcessor):
         self.register_buffer("product_threshold", torch.tensor(math.nan))
         self.register_buffer("map_offset", torch.tensor(math.nan))
         self.register_buffer("spread", torch.tensor(math.nan))
+        self.register_buffer("patch_spread", torch.tensor(math.nan))
         self.product_threshold: Tensor
         self.map_offset: Tensor
         self.spread: Tensor
+        self.patch_spread: Tensor
         self._scored: dict[str, float] = {}  # raw scores of good validation images by path
+        self._scored_by_patches: dict[str, float] = {}  # of all validation images, without neighborhoods
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        for name in ("product_threshold", "map_offset", "spread"):  # earlier checkpoints lack them
+        for name in ("product_threshold", "map_offset", "spread", "patch_spread"):  # earlier checkpoints lack them
             state_dict.setdefault(f"{prefix}{name}", torch.tensor(math.nan))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -77,14 +82,21 @@ class RankKeepingPostProcessor(PostProcessor):
         """Raw thresholds of scores and maps that were learned on the source categories."""
         return super().image_threshold, super().pixel_threshold
 
-    def calibrate(self, own: OwnScores, rate: float) -> None:
+    def spread_of(self, neighborhoods: bool) -> float:
+        """The spread for a product whose neighborhoods are judged, or are not; NaN if unknown."""
+        if neighborhoods or bool(torch.isnan(self.patch_spread)):
+            return self.spread.item()
+        return self.patch_spread.item()
+
+    def calibrate(self, own: OwnScores, rate: float, neighborhoods: bool) -> None:
         """Give the enrolled product a threshold of its own; see :func:`calibration.product_threshold`.
 
         Args:
             own (OwnScores): What its reference photos score, each against the others.
             rate (float): Target false-alarm rate.
+            neighborhoods (bool): Whether its neighborhoods are judged beside its patches.
         """
-        scores = own.scores
+        scores, spread = own.scores, self.spread_of(neighborhoods)
         if len(scores) < 2:
             logger.warning(
                 "false_alarm_rate=%g needs two reference photos or more, each scored against the others; there is %d. "
@@ -94,7 +106,7 @@ class RankKeepingPostProcessor(PostProcessor):
             )
             self.forget_product()
             return
-        self.product_threshold.fill_(product_threshold(scores, self.spread.item(), rate))
+        self.product_threshold.fill_(product_threshold(scores, spread, rate))
         self.map_offset.fill_(own.map_offset)
         if rate < least_rate(len(scores)):
             logger.warning(
@@ -104,7 +116,7 @@ class RankKeepingPostProcessor(PostProcessor):
                 100 * least_rate(len(scores)),
                 100 * rate,
                 "it is extrapolated from their own scatter, a guess"
-                if math.isnan(self.spread.item())
+                if math.isnan(spread)
                 else "it is extrapolated from their scatter and the source's",
             )
 
@@ -113,15 +125,20 @@ class RankKeepingPostProcessor(PostProcessor):
         self.product_threshold.fill_(math.nan)
         self.map_offset.fill_(math.nan)
 
-    def thresholds(self, scores: Sequence[float]) -> Thresholds:
-        """What goes beside an exported model; ``scores`` are the reference photos' leave-one-out scores."""
+    def thresholds(self, scores: Sequence[float], neighborhoods: bool) -> Thresholds:
+        """What goes beside an exported model.
+
+        Args:
+            scores (Sequence[float]): The reference photos' leave-one-out scores.
+            neighborhoods (bool): As of :meth:`calibrate`.
+        """
         return Thresholds(
             image_threshold=self.image_threshold.item(),
             pixel_threshold=self.pixel_threshold.item(),
             image_range=(self.image_min.item(), self.image_max.item()),
             pixel_range=(self.pixel_min.item(), self.pixel_max.item()),
             source_threshold=self.source_thresholds[0].item(),
-            spread=self.spread.item(),
+            spread=self.spread_of(neighborhoods),
             leave_one_out=tuple(scores),
         )
 
@@ -143,6 +160,10 @@ class RankKeepingPostProcessor(PostProcessor):
 
     on_predict_start = on_test_start
 
+    def keep_patch_scores(self, scores: dict[str, float]) -> None:
+        """Keep what validation images score by single patches alone, by path, until the end of the epoch."""
+        self._scored_by_patches.update(scores)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -161,21 +182,20 @@ class RankKeepingPostProcessor(PostProcessor):
         self._scored.update({path: score for path, score, label in scores if not label})
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn thresholds, ranges and the spread, the same in every process of a distributed training."""
+        """Learn thresholds, ranges and spreads, the same in every process of a distributed training."""
         super().on_validation_epoch_end(trainer, pl_module)
-        parts: list[Any] = [self._scored]
-        if is_distributed():
-            parts = [None] * distributed.get_world_size()
-            distributed.all_gather_object(parts, self._scored)
-        scored = {path: score for part in parts for path, score in part.items()}
-        self._scored = {}
+        scored, by_patches = _of_all_processes(self._scored), _of_all_processes(self._scored_by_patches)
+        self._scored, self._scored_by_patches = {}, {}
         if not scored:
             return
         samples = getattr(getattr(getattr(trainer, "datamodule", None), "val_data", None), "samples", None)
         known = (
             samples.set_index("image_path").category.to_dict() if samples is not None and "category" in samples else {}
         )
-        self.spread.fill_(pooled_spread(list(scored.values()), [known.get(path, "") for path in scored]))
+        categories = [known.get(path, "") for path in scored]
+        self.spread.fill_(pooled_spread(list(scored.values()), categories))
+        if by_patches:
+            self.patch_spread.fill_(pooled_spread([by_patches[path] for path in scored], categories))
 
     @staticmethod
     def _normalize(
@@ -185,3 +205,12 @@ class RankKeepingPostProcessor(PostProcessor):
         threshold: Tensor,
     ) -> Tensor | None:
         return None if preds is None else normalize(preds, threshold, norm_min, norm_max, torch)
+
+
+def _of_all_processes(own: dict[str, float]) -> dict[str, float]:
+    """What each process of a distributed training has found."""
+    parts: list[Any] = [own]
+    if is_distributed():
+        parts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, own)
+    return {path: score for part in parts for path, score in part.items()}

@@ -142,7 +142,7 @@ def measure(
     source.forget_product()
     judge("stored", None, source)
     for rate in rates:
-        source.calibrate(references, rate)
+        source.calibrate(references, rate, model.model.bank.record.judges_neighborhoods)
         judge("calibrated", rate, source)
     best = best_possible(scores, labels)
     pixel = None if masks is None else pixel_quality(maps, masks.int())[2]

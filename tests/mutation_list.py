@@ -245,7 +245,7 @@ MUTATIONS = [
     Mutation("deploy/products.py", "replacing forgets the threshold",
              'if rate == "auto" and before is not None:', "if False:", "test_edge_safety"),
     Mutation("deploy/enrolling.py", "a change keeps the threshold of other photos",
-             "return changed.judged_as(bank, self.manifest.scatter)",
+             "return changed.judged_as(bank, self.manifest)",
              "return changed.with_threshold(bank.threshold)", "test_edge_thresholds"),
     Mutation("deploy/bank_rows.py", "a photo is scored against itself",
              "np.concatenate([*parts[:photo], *parts[photo + 1 :]])", "np.concatenate(parts)", "test_edge_thresholds"),

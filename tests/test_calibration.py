@@ -204,6 +204,24 @@ def test_the_training_itself_can_calibrate(products: Path, tmp_path: Path) -> No
     assert saved.post_processor.image_threshold.item() == pytest.approx(threshold, abs=1e-5)
 
 
+def test_two_spreads_are_learned_where_neighborhoods_are_judged(
+    trained_default: Path, products: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them, and of single patches alone, which is that of products whose neighborhoods are not judged."""
+    data = cross_category(products)
+    data.val_ratio = 0.4
+    learned = []
+    for fewest in (2, 3):  # photos from which neighborhoods are judged; each category has two references here
+        monkeypatch.setattr("anomalib_resad.enrollment.neighborhoods.FEWEST_PHOTOS", fewest)
+        model = ResAD(checkpoint=trained_default, k_shot=2, rotations=1, visualizer=False)
+        model.post_processor.keep_statistics = False
+        quiet_engine(tmp_path).validate(model, datamodule=data, verbose=False)
+        learned.append([model.post_processor.spread_of(neighborhoods) for neighborhoods in (True, False)])
+    (judged, by_patches), without = learned
+    assert without == pytest.approx([by_patches, by_patches], abs=1e-6)
+    assert abs(judged - by_patches) > 0.01
+
+
 def test_distance_without_any_training_gets_labels(products: Path, tmp_path: Path) -> None:
     """Nothing was learned on a source: the scatter is the references' own, and scores are relative to the threshold."""
     model = ResAD(**DISTANCE | {"k_shot": 6}, false_alarm_rate=0.1, visualizer=False)
@@ -222,13 +240,13 @@ def test_thresholds_of_a_flow_are_not_those_of_distances(trained: Path) -> None:
 
 def test_earlier_checkpoints_have_no_spread(trained: Path, tmp_path: Path) -> None:
     content = torch.load(trained, weights_only=True)
-    for name in ("product_threshold", "map_offset", "spread"):
+    for name in ("product_threshold", "map_offset", "spread", "patch_spread"):
         del content["state_dict"][f"post_processor.{name}"]
     rewrite(content, tmp_path / "earlier.ckpt")
     for model in (ResAD.load_from_checkpoint(tmp_path / "earlier.ckpt"), ResAD(checkpoint=tmp_path / "earlier.ckpt")):
         assert model.post_processor.has_statistics
         assert torch.isnan(model.post_processor.spread)
-        model.post_processor.calibrate(OwnScores((1.0, 1.1, 1.3, 1.2), 0.2), 0.3)
+        model.post_processor.calibrate(OwnScores((1.0, 1.1, 1.3, 1.2), 0.2), 0.3, neighborhoods=False)
         assert model.post_processor.image_threshold.item() == pytest.approx(
             product_threshold([1.0, 1.1, 1.3, 1.2], math.nan, 0.3)
         )

@@ -19,17 +19,17 @@ from anomalib_resad.deploy.bundle import Scale, read_manifest
 from anomalib_resad.enrollment.calibration import product_threshold
 from anomalib_resad.enrollment.coreset import thin_out
 from anomalib_resad.enrollment.files import write_whole
-from anomalib_resad.export.edge_bundle import load_model
+from anomalib_resad.export.edge_bundle import export_bundle, load_model
 from anomalib_resad.export.parity import TorchReference
 from anomalib_resad.reference_rows import leave_one_out
 
 SPREAD = 0.2
 
 
-def knowing(bundle: Path, folder: Path, spread: float | None = SPREAD) -> Path:
+def knowing(bundle: Path, folder: Path, spread: float | None = SPREAD, patch_spread: float | None = None) -> Path:
     """A copy of a bundle that knows how far good photos scatter; the tiny trainings hold too few out."""
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("banks"))
-    replace(read_manifest(folder), spread=spread).write(folder)
+    replace(read_manifest(folder), spread=spread, patch_spread=patch_spread).write(folder)
     return folder
 
 
@@ -38,27 +38,52 @@ def inferencer(bundle: Path, tmp_path: Path) -> ResADInferencer:
     return ResADInferencer(knowing(bundle, tmp_path / "bundle"), threads=1)
 
 
-@pytest.mark.parametrize("model", ["", "_default"])
+@pytest.mark.parametrize(("model", "photos"), [("", 4), ("_default", 4), ("_default", 3)])
 def test_scores_and_threshold_are_those_of_pytorch(
-    model: str, request: pytest.FixtureRequest, good: list[Path], new: list[Path], tmp_path: Path
+    model: str, photos: int, request: pytest.FixtureRequest, good: list[Path], new: list[Path], tmp_path: Path
 ) -> None:
     """Label, score and map too, with a threshold for 5 % of the good photos."""
-    edge = ResADInferencer(knowing(request.getfixturevalue(f"bundle{model}"), tmp_path / "bundle"))
-    bank = edge.enroll("tiles", good[:4])
-    evaluation = TorchReference(load_model(request.getfixturevalue(f"trained{model}")), good[:4])
+    folder = knowing(request.getfixturevalue(f"bundle{model}"), tmp_path / "bundle", SPREAD, 2 * SPREAD)
+    edge = ResADInferencer(folder)
+    bank = edge.enroll("tiles", good[:photos])
+    evaluation = TorchReference(load_model(request.getfixturevalue(f"trained{model}")), good[:photos])
     resad = evaluation.model
     expected = leave_one_out(resad.model, resad.pre_processor)
     assert bank.leave_one_out == pytest.approx(expected.scores, rel=1e-5, abs=1e-4)
     assert bank.map_offset == pytest.approx(expected.map_offset, rel=1e-5, abs=1e-4)
-    assert len(set(expected.scores)) == 4
+    assert len(set(expected.scores)) == photos
     resad.post_processor.spread.fill_(SPREAD)
-    resad.post_processor.calibrate(expected, 0.05)
+    resad.post_processor.patch_spread.fill_(2 * SPREAD)
+    resad.post_processor.calibrate(expected, 0.05, resad.model.bank.record.judges_neighborhoods)
     assert bank.threshold == pytest.approx(resad.post_processor.image_threshold.item(), rel=1e-5, abs=1e-4)
     for photo in new:
         theirs, ours = edge.predict(photo, "tiles"), evaluation.predict(photo)
         assert theirs.score == pytest.approx(ours.score, abs=1e-4)
         assert theirs.label == ours.label
         np.testing.assert_allclose(theirs.map, ours.map, atol=1e-3)
+
+
+def test_the_spread_is_that_of_what_is_judged(bundle_default: Path, good: list[Path], tmp_path: Path) -> None:
+    """Of single patches alone with few photos and rotated ones; bundles that know one spread take it for all."""
+    edge = ResADInferencer(knowing(bundle_default, tmp_path / "bundle", SPREAD, 2 * SPREAD), threads=1)
+    few, many = (edge.enroll(f"{count}", good[:count], rotations=1) for count in (3, 4))
+    rotated = edge.enroll("rotated", good[:4], rotations=8)
+    assert [bank.spread(edge.manifest) for bank in (few, many, rotated)] == [2 * SPREAD, SPREAD, 2 * SPREAD]
+    for bank, spread in ((few, 2 * SPREAD), (many, SPREAD), (rotated, 2 * SPREAD)):
+        assert bank.threshold == product_threshold(bank.leave_one_out or (), spread, 0.05)
+    assert edge.add("3", good[3:4]).threshold == many.threshold
+    earlier = ResADInferencer(knowing(bundle_default, tmp_path / "earlier"), threads=1)
+    assert earlier.enroll("few", good[:3]).spread(earlier.manifest) == SPREAD
+    unknown = ResADInferencer(knowing(bundle_default, tmp_path / "unknown", None), threads=1)
+    assert math.isnan(unknown.enroll("few", good[:3]).spread(unknown.manifest))
+
+
+def test_a_bundle_carries_both_spreads(trained_default: Path, tmp_path: Path) -> None:
+    model = load_model(trained_default)
+    model.post_processor.spread.fill_(SPREAD)
+    model.post_processor.patch_spread.fill_(2 * SPREAD)
+    manifest = read_manifest(export_bundle(model, tmp_path / "bundle"))
+    assert (manifest.spread, manifest.patch_spread) == pytest.approx((SPREAD, 2 * SPREAD))
 
 
 def test_a_photo_scores_as_if_it_were_new(inferencer: ResADInferencer, good: list[Path]) -> None:

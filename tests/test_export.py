@@ -90,7 +90,7 @@ def test_the_threshold_of_an_export_can_be_changed(exported: dict[str, Path], mo
     own = leave_one_out(model.model, model.pre_processor)
     assert thresholds.leave_one_out == pytest.approx(own.scores, abs=1e-6)
     changed = copy.deepcopy(model.post_processor)
-    changed.calibrate(own, 0.4)
+    changed.calibrate(own, 0.4, model.model.bank.record.judges_neighborhoods)
     assert thresholds.at_rate(0.4) == pytest.approx(thresholds.at_raw(changed.image_threshold.item()), abs=1e-6)
     (exported["onnx"].parent / "bad.json").write_text('{"image_threshold": 1}')
     with pytest.raises(ValueError, match=r"bad\.json holds no thresholds"):

@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from anomalib_resad.deploy.bundle import Manifest
 from anomalib_resad.deploy.regions import check_min_area
 from anomalib_resad.enrollment.calibration import check_rate, product_threshold
 from anomalib_resad.enrollment.files import write_whole
 from anomalib_resad.enrollment.image_size import Size
+from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.enrollment.photos import Reference
 from anomalib_resad.enrollment.thresholds import is_threshold
 
@@ -116,6 +119,12 @@ class Bank:
         """Bytes of the features."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    def spread(self, manifest: Manifest) -> float:
+        """How far scores of good photos scatter within the source categories, judged as here; NaN if unknown."""
+        neighborhoods = judges_neighborhoods(len(self.references), self.rotations)
+        known = manifest.spread if neighborhoods or manifest.patch_spread is None else manifest.patch_spread
+        return math.nan if known is None else known
+
     def with_threshold(self, threshold: float | None) -> "Bank":
         """The same bank with another threshold.
 
@@ -127,12 +136,12 @@ class Bank:
             raise ValueError(msg)
         return replace(self, threshold=None if threshold is None else float(threshold), false_alarm_rate=None)
 
-    def with_rate(self, rate: float | None, spread: float) -> "Bank":
+    def with_rate(self, rate: float | None, manifest: Manifest) -> "Bank":
         """The same bank with the threshold for a false-alarm rate; the model's with a single photo, or without a rate.
 
         Args:
             rate (float | None): Target false-alarm rate.
-            spread (float): As of :func:`~anomalib_resad.enrollment.calibration.product_threshold`.
+            manifest (Manifest): The bundle's.
 
         Raises:
             ValueError: If it is no rate, or its threshold no finite number.
@@ -140,7 +149,8 @@ class Bank:
         if rate is None:
             return self.with_threshold(None)
         check_rate(rate)
-        threshold = product_threshold(self.leave_one_out, spread, rate) if self.leave_one_out else None
+        own = self.leave_one_out
+        threshold = product_threshold(own, self.spread(manifest), rate) if own else None
         return replace(self.with_threshold(threshold), false_alarm_rate=float(rate))
 
     def with_min_area(self, min_area: int) -> "Bank":
@@ -152,12 +162,12 @@ class Bank:
         check_min_area(min_area)
         return replace(self, min_area=min_area)
 
-    def judged_as(self, other: "Bank", spread: float) -> "Bank":
+    def judged_as(self, other: "Bank", manifest: Manifest) -> "Bank":
         """The same bank with the threshold of another one, or that for its rate, and with its minimum area."""
         bank = self.with_min_area(other.min_area)
         if other.false_alarm_rate is None:
             return bank.with_threshold(other.threshold)
-        return bank.with_rate(other.false_alarm_rate, spread)
+        return bank.with_rate(other.false_alarm_rate, manifest)
 
     @cached_property
     def checksum(self) -> str:

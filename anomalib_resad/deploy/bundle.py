@@ -106,6 +106,8 @@ class Manifest:
         searched (float): Share of each photo's rows that is searched; all of them in bundles of version 0.1.0.
         spread (float | None): Standard deviation of good photos' raw scores within the source categories; version 0.1.0
             did not say.
+        patch_spread (float | None): The same where single patches are judged alone, without their neighborhoods;
+            ``None`` if unknown, or if the model judges no neighborhoods.
         area_side (int | None): Side of the square with as many pixels as photos have where each product has a size of
             its own, in the shape of its photos; then ``image_size`` and ``levels`` are those of that square. ``None``
             where all products have one size.
@@ -132,6 +134,7 @@ class Manifest:
     folder: str = ""
     searched: float = 1.0
     spread: float | None = None
+    patch_spread: float | None = None
     area_side: int | None = None
     stride: int | None = None
 
@@ -151,7 +154,9 @@ class Manifest:
             "keyed": not isinstance(self.keyed, bool),
             "label_above": not (is_threshold(self.label_above) and 0 <= self.label_above <= 1),
             "searched": not (is_threshold(self.searched) and 0 < self.searched <= 1),
-            "spread": not (self.spread is None or (is_threshold(self.spread) and self.spread >= 0)),
+            "spread": not all(
+                each is None or (is_threshold(each) and each >= 0) for each in (self.spread, self.patch_spread)
+            ),
             "area_side": (self.area_side, self.stride) != (None, None)
             and not all(type(each) is int and each > 0 for each in (self.area_side, self.stride)),
             "files": sorted(self.files) != sorted(FILES),
@@ -199,11 +204,6 @@ class Manifest:
     def place(self, file: str) -> str:
         """Where one of the files is in the bundle."""
         return f"{self.folder}/{file}" if self.folder else file
-
-    @property
-    def scatter(self) -> float:
-        """The spread for :mod:`anomalib_resad.enrollment.calibration`, which says NaN for unknown."""
-        return math.nan if self.spread is None else self.spread
 
     def write(self, folder: Path) -> None:
         """Write the manifest into a folder."""

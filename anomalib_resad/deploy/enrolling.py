@@ -51,7 +51,7 @@ class Enrolling(Model):
         """The same product of other photos."""
         kept = bank.rotations, bank.bit_depth, bank.max_patches, bank.region, bank.image_size
         changed = carried(self._bank_of(bank.product, features, *kept), bank, self.manifest)
-        return changed.judged_as(bank, self.manifest.scatter)
+        return changed.judged_as(bank, self.manifest)
 
     def _bank_of(
         self,

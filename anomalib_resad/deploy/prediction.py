@@ -131,7 +131,7 @@ def threshold_of(manifest: Manifest, bank: Bank) -> str:
         return said if rate is None else f"{said}, until a second photo is there to be compared with"
     if rate is None:
         return f"its own threshold {bank.threshold:.4g}"
-    sure = how_sure(len(bank.references), manifest.scatter, rate)
+    sure = how_sure(len(bank.references), bank.spread(manifest), rate)
     return f"its own threshold {bank.threshold:.4g} for a false-alarm rate of {100 * rate:.3g} %; {sure}"
 
 

@@ -136,11 +136,11 @@ class Products(Enrolling):
         if threshold is not None:
             return bank.with_threshold(threshold)
         if rate == "auto" and before is not None:
-            return bank.judged_as(before, self.manifest.scatter)
+            return bank.judged_as(before, self.manifest)
         # A model of 0.1.0 has a threshold and knows no scatter: then its threshold is the better guess.
         of_model = self.manifest.spread is None and self.manifest.score.threshold is not None
         usual = None if of_model else USUAL_RATE
-        return bank.with_rate(usual if rate == "auto" else rate, self.manifest.scatter)
+        return bank.with_rate(usual if rate == "auto" else rate, self.manifest)
 
     def _earlier(self, name: str) -> Bank | None:
         """The bank that is replaced; what was set in one that cannot be read is lost."""
@@ -251,7 +251,7 @@ class Products(Enrolling):
             if not bank.leave_one_out:
                 msg = f"{name!r} has one photo, which nothing can be compared with. Add a good photo first."
                 raise ValueError(msg)
-            return self._store.write(bank.with_rate(rate, self.manifest.scatter), "threshold")
+            return self._store.write(bank.with_rate(rate, self.manifest), "threshold")
 
 
 def _way_of(bank: Bank) -> tuple[int, int, Size | None]:

@@ -11,6 +11,7 @@ a good photo: it is never raised, and such a taught patch does not count. Each p
 one, also where the photo is compared with the others alone. So the same holds for it.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NoReturn
@@ -45,8 +46,9 @@ def taught_of(bank: Bank, rows: Rows, manifest: Manifest) -> Taught | None:
 
 def spread_of(bank: Bank, manifest: Manifest) -> float | None:
     """Standard deviation of good photos' scores: the source's, else that of the product's own; ``None`` if unknown."""
-    if manifest.spread is not None:
-        return manifest.spread
+    spread = bank.spread(manifest)
+    if not math.isnan(spread):
+        return spread
     return float(np.std(bank.leave_one_out, ddof=1)) if bank.leave_one_out else None
 
 

@@ -86,4 +86,5 @@ def write_thresholds(
     """
     if isinstance(post_processor, RankKeepingPostProcessor):
         scores = leave_one_out(model, pre_processor).scores if model.bank.record.photos else ()
-        post_processor.thresholds(scores).write(path.with_suffix(".thresholds.json"))
+        thresholds = post_processor.thresholds(scores, model.bank.record.judges_neighborhoods)
+        thresholds.write(path.with_suffix(".thresholds.json"))

@@ -72,7 +72,11 @@ def model_hash(model: ResAD) -> str:
 
 
 def _scale(threshold: Tensor, low: Tensor, high: Tensor) -> Scale:
-    return Scale(*(None if torch.isnan(value) else float(value) for value in (threshold, low, high)))
+    return Scale(*map(_known, (threshold, low, high)))
+
+
+def _known(value: Tensor) -> float | None:
+    return None if torch.isnan(value) else float(value)
 
 
 def _named(model: ov.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ov.Model:
@@ -225,7 +229,8 @@ def _manifest(model: ResAD, precision: Precision, levels: tuple[Level, ...], fol
         files={path.name: content_hash(path) for path in sorted(folder.iterdir())},
         weights=model.model.encoder.backbone.origin,
         searched=float(model.model.bank.share),
-        spread=None if torch.isnan(post.spread) else float(post.spread),
+        spread=_known(post.spread),
+        patch_spread=_known(post.patch_spread),
         area_side=model.model.encoder.backbone.area_side,
         stride=stride_of(model) if follows_shape(model) else None,
     )

@@ -5,6 +5,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -74,3 +75,9 @@ def to_rows(features: Tensor) -> Tensor:
 def rows_of(features: Features) -> Rows:
     """The patches of photos as rows, photo after photo."""
     return rows_from_list([to_rows(level) for level in as_list(features)], features.keys is not None)
+
+
+def without_neighborhoods(rows: Rows) -> Rows:
+    """Rows whose neighborhoods, if there are any, are not judged: the estimator passes over a single one of zeros."""
+    around = rows.neighborhoods
+    return rows if around is None else rows._replace(neighborhoods=torch.zeros_like(around[:1]))

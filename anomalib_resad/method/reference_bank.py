@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_resad.enrollment.coreset import searched
 from anomalib_resad.method.bank_record import BankRecord
-from anomalib_resad.method.features import Features, Rows, as_list, rows_of
+from anomalib_resad.method.features import Features, Rows, as_list, rows_of, without_neighborhoods
 
 Metric = Literal["l2", "cosine"]
 
@@ -259,13 +259,11 @@ class ReferenceBank(DynamicBufferMixin, nn.Module):
         Args:
             rows (Rows): Their rows.
             photos (int): How many they are.
-            neighborhoods (bool): Whether these are judged, all of them, since they are few; else a row of zeros stands
-                for them, which the estimator passes over.
+            neighborhoods (bool): Whether these are judged, all of them, since they are few; else see
+                :func:`~anomalib_resad.method.features.without_neighborhoods`.
         """
-        around = rows.neighborhoods
-        if around is not None and not neighborhoods:
-            around = torch.zeros_like(around[:1])
-        rows = rows._replace(neighborhoods=around)
+        if not neighborhoods:
+            rows = without_neighborhoods(rows)
         if rows.keys is None or float(self.share) >= 1:
             return rows
         chosen = torch.from_numpy(searched(rows.keys.float().cpu().numpy(), photos, float(self.share)))

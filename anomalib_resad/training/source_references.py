@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataset, ImageBatch
+from anomalib.data import AnomalibDataset, ImageBatch, InferenceBatch
 from anomalib.data.utils import LabelName
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -22,7 +22,7 @@ from anomalib_resad.enrollment.neighborhoods import judges_neighborhoods
 from anomalib_resad.enrollment.photos import check_photos, read_header
 from anomalib_resad.enrollment.references import read_references
 from anomalib_resad.enrollment.rotations import Rotations
-from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of
+from anomalib_resad.method.features import Features, Rows, as_list, rows_from_list, rows_of, without_neighborhoods
 from anomalib_resad.reference_rows import reference_rows
 from anomalib_resad.torch_model import ResADModel
 from anomalib_resad.training.feature_cache import FeatureCache
@@ -208,7 +208,31 @@ class SourceReferences:
 
     # -- of a validation ----------------------------------------------------------------------------------------------
 
-    def held_out(
+    def score_held_out(
+        self,
+        batch: ImageBatch,
+        datamodule: Any,  # noqa: ANN401
+        model: ResADModel,
+        pre_processor: nn.Module | None,
+        rotations: Rotations,
+    ) -> tuple[InferenceBatch, dict[str, float]]:
+        """Score held-out source images; arguments as of :meth:`_references_of`.
+
+        Returns:
+            tuple[InferenceBatch, dict[str, float]]: What a product's images would get; and of a model that judges
+                neighborhoods, the scores of single patches alone, by path.
+        """
+        assert batch.image_path is not None
+        rows = self._references_of(batch, datamodule, model, pre_processor, rotations)
+        images = torch.as_tensor(batch.image)
+        features, size = model.encode(images), images.shape[-2:]
+        found = model.detect_each(features, rows, size)
+        if features.neighborhoods is None:
+            return found, {}
+        alone = model.detect_each(features, [without_neighborhoods(each) for each in rows], size)
+        return found, dict(zip(batch.image_path, torch.as_tensor(alone.pred_score).tolist(), strict=True))
+
+    def _references_of(
         self,
         batch: ImageBatch,
         datamodule: Any,  # noqa: ANN401
