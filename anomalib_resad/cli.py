@@ -4,6 +4,7 @@
 
 import signal
 import sys
+import warnings
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -53,6 +54,8 @@ VERBS: dict[str, Any] = {
 def main() -> None:
     """Run the command. Whatever goes wrong is one sentence, and with ``--debug`` Python's traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl+C does
+    if "--debug" not in sys.argv[1:]:  # what these packages tell their own developers, when PyTorch is needed
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"(anomalib|timm)\.")
     words = _with_values([each for each in sys.argv[1:] if each != "--debug"])
     about = "ResAD on a device. With --debug, an error shows where in the program it came up."
     try:

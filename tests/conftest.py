@@ -184,7 +184,7 @@ def bundle(share: Callable[..., Path], trained: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_default(share: Callable[..., Path], trained_default: Path) -> Path:
-    """The tiny default model as a bundle, in float32, made by the command; what it printed lies beside it."""
+    """The tiny default model as a bundle, in float32, made by the command; what that printed lies beside it."""
 
     def make(folder: Path) -> None:
         command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", trained_default]
@@ -193,6 +193,7 @@ def bundle_default(share: Callable[..., Path], trained_default: Path) -> Path:
         )
         assert done.returncode == 0, done.stderr
         (folder / "printed.txt").write_text(done.stdout)
+        (folder / "errors.txt").write_text(done.stderr)
 
     return share("bundle_default", make) / "fp32"
 

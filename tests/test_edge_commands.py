@@ -119,6 +119,7 @@ def _raise(error: BaseException, *_: object, **__: object) -> None:
 def test_export_as_a_command(bundle_default: Path, trained_default: Path, tmp_path: Path) -> None:
     """What it says; a damaged checkpoint is one sentence, no traceback."""
     assert re.search(r"fp32: \d+\.\d MB, fp32\.", " ".join((bundle_default.parent / "printed.txt").read_text().split()))
+    assert "FutureWarning" not in (bundle_default.parent / "errors.txt").read_text(), "of timm or anomalib"
     assert ResADInferencer(bundle_default, banks=tmp_path).products == []
     (tmp_path / "cut.ckpt").write_bytes(trained_default.read_bytes()[:9000])
     command = [sys.executable, "-m", "anomalib_resad.cli", "export", "--checkpoint", tmp_path / "cut.ckpt"]

@@ -19,7 +19,7 @@ from anomalib_resad.deploy.bundle import BundleError, read_bundle
 from anomalib_resad.enrollment.files import content_hash
 from anomalib_resad.version import __version__
 
-PRODUCT = "inspected"
+PRODUCT = "this product"  # as messages name it
 HEADS = Path(__file__).resolve().parents[1] / "heads"
 
 
