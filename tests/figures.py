@@ -61,7 +61,12 @@ def by_training(path: Path, cells: list[str], column: str) -> list[float]:
     return [float(each) for each in means.loc[int(number_of(column))].mean()]
 
 
-READY = {"ResNet-18": "ready_resnet18", "EfficientNet-Lite2": "ready_lite2", "MobileNetV2": "ready_mobilenetv2"}
+READY = {
+    "ResNet-18": "ready_resnet18",
+    "EfficientNet-Lite2": "ready_lite2",
+    "EfficientNet-Lite0": "ready_lite0",
+    "MobileNetV2": "ready_mobilenetv2",
+}
 
 
 def cells_below(path: Path, cells: list[str], column: str) -> list[float]:
