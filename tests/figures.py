@@ -77,6 +77,13 @@ def cells_below(path: Path, cells: list[str], column: str) -> list[float]:
     return [float((ours[metric] < theirs[metric]).sum()) for metric in ("image_AUROC", "pixel_AUROC")]
 
 
+def with_four_references(path: Path, cells: list[str], column: str) -> list[float]:
+    """Image and pixel AUROC of a ready head's leaderboard, mean over the products."""
+    rows = records(path.parents[1] / READY[cells[0]] / path.name)
+    row = the(rows, method=re.escape(column), shots="4", category="mean")
+    return [100 * float(row[metric]) for metric in ("image_AUROC", "pixel_AUROC")]
+
+
 def time_over_backbone(path: Path, cells: list[str], column: str) -> list[float]:
     row = the(records(path), method=re.escape(cells[0]), shots=number_of(column), category="mean")
     return [float(row["latency_ratio"])]
@@ -296,6 +303,7 @@ EXPECTED: dict[str, Callable[[Path, list[str], str], list[float]]] = {
     "points of ResAD above, by product": points_by_product,
     "by training": by_training,
     "cells below its distance": cells_below,
+    "with four references": with_four_references,
     "time over the backbone": time_over_backbone,
     "false alarms / found / F1": rule_of_threshold,
     "thresholds of a ready head": thresholds_of_a_ready_head,
