@@ -120,7 +120,14 @@ class Bank:
         return sum(array.nbytes for array in self.arrays.values())
 
     def spread(self, manifest: Manifest) -> float:
-        """How far scores of good photos scatter within the source categories, judged as here; NaN if unknown."""
+        """How far scores of the source's good photos scatter, with neighborhoods where this product's are judged.
+
+        Args:
+            manifest (Manifest): The bundle's.
+
+        Returns:
+            float: Their standard deviation within the source categories; NaN if unknown.
+        """
         neighborhoods = judges_neighborhoods(len(self.references), self.rotations)
         known = manifest.spread if neighborhoods or manifest.patch_spread is None else manifest.patch_spread
         return math.nan if known is None else known
