@@ -216,31 +216,7 @@ class SourceReferences:
         pre_processor: nn.Module | None,
         rotations: Rotations,
     ) -> tuple[InferenceBatch, dict[str, float]]:
-        """Score held-out source images; arguments as of :meth:`_references_of`.
-
-        Returns:
-            tuple[InferenceBatch, dict[str, float]]: What a product's images would get; and of a model that judges
-                neighborhoods, the scores of single patches alone, by path.
-        """
-        assert batch.image_path is not None
-        rows = self._references_of(batch, datamodule, model, pre_processor, rotations)
-        images = torch.as_tensor(batch.image)
-        features, size = model.encode(images), images.shape[-2:]
-        found = model.detect_each(features, rows, size)
-        if features.neighborhoods is None:
-            return found, {}
-        alone = model.detect_each(features, [without_neighborhoods(each) for each in rows], size)
-        return found, dict(zip(batch.image_path, torch.as_tensor(alone.pred_score).tolist(), strict=True))
-
-    def _references_of(
-        self,
-        batch: ImageBatch,
-        datamodule: Any,  # noqa: ANN401
-        model: ResADModel,
-        pre_processor: nn.Module | None,
-        rotations: Rotations,
-    ) -> list[Rows]:
-        """References of held-out source images: one draw per category, enrolled as a product's references are.
+        """Score held-out source images against references of their categories, one draw for each.
 
         Args:
             batch (ImageBatch): The images.
@@ -248,6 +224,10 @@ class SourceReferences:
             model (ResADModel): The model.
             pre_processor (nn.Module | None): What comes before it.
             rotations (Rotations): Orientations of each reference.
+
+        Returns:
+            tuple[InferenceBatch, dict[str, float]]: What a product's images would get; and of a model that judges
+                neighborhoods, the scores of single patches alone, by path.
         """
         assert batch.image_path is not None
         pools = self._pools or ReferencePools(datamodule.train_data, datamodule.val_data)
@@ -255,12 +235,30 @@ class SourceReferences:
             category = pools.category_of[path]
             if category not in self._held_out:
                 drawn = pools.draw(path, self.k_shot, self.seed, category)
-                depth = self.bit_depth if read_header(drawn[0]).bits > 8 else "auto"
-                photos = read_references(drawn, depth).values()
                 size = self._sizes.get(category)
-                rows, orientations = reference_rows(model, pre_processor, photos, rotations, size)
-                judged = judges_neighborhoods(len(photos), orientations)
-                device = next(model.parameters()).device
-                levels = [level.to(device) for level in as_list(model.bank.thin_out(rows, len(photos), judged))]
-                self._held_out[category] = rows_from_list(levels, model.bank.keyed)
-        return [self._held_out[pools.category_of[path]] for path in batch.image_path]
+                self._held_out[category] = self._enrolled(drawn, model, pre_processor, rotations, size)
+        rows = [self._held_out[pools.category_of[path]] for path in batch.image_path]
+        images = torch.as_tensor(batch.image)
+        features, image_size = model.encode(images), images.shape[-2:]
+        found = model.detect_each(features, rows, image_size)
+        if features.neighborhoods is None:
+            return found, {}
+        alone = model.detect_each(features, [without_neighborhoods(each) for each in rows], image_size)
+        return found, dict(zip(batch.image_path, torch.as_tensor(alone.pred_score).tolist(), strict=True))
+
+    def _enrolled(
+        self,
+        drawn: list[str],
+        model: ResADModel,
+        pre_processor: nn.Module | None,
+        rotations: Rotations,
+        size: Size | None,
+    ) -> Rows:
+        """The rows of some photos that are searched, as of a product's references."""
+        depth = self.bit_depth if read_header(drawn[0]).bits > 8 else "auto"
+        photos = read_references(drawn, depth).values()
+        rows, orientations = reference_rows(model, pre_processor, photos, rotations, size)
+        judged = judges_neighborhoods(len(photos), orientations)
+        device = next(model.parameters()).device
+        levels = [level.to(device) for level in as_list(model.bank.thin_out(rows, len(photos), judged))]
+        return rows_from_list(levels, model.bank.keyed)
